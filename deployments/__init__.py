@@ -1,0 +1,1 @@
+"""Ray Serve applications: thin wrappers that Serve imports on every node."""

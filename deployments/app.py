@@ -1,0 +1,101 @@
+"""The Serve application: the gateway as ingress, one deployment per model.
+
+`import_path: deployments.app:build` with `args: {config_path: …}` is what KubeRay's serveConfigV2 names; `galerne
+serve` calls `application` with a configuration it has already checked.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.engine import EngineReplica
+from deployments.gateway import GatewayReplica
+from serving.cluster.names import GATEWAY, deployment_name
+from serving.config import GalerneConfig, ModelConfig
+from serving.config_file import load
+
+ENV_ENGINE_TOKEN = "GALERNE_ENGINE_TOKEN"  # noqa: S105 - the name of a variable
+HEALTH_PERIOD_S = 2.0
+HEALTH_TIMEOUT_S = 10.0
+DRAIN_MARGIN_S = 10.0
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Serve's application builder: `config_path` names the configuration file."""
+    return application(load(Path(args["config_path"])), os.environ.get(ENV_ENGINE_TOKEN))
+
+
+def application(config: GalerneConfig, token: str | None = None) -> Application:
+    """The application of a configuration; `token` guards the engines' ports (made up where absent)."""
+    token = token or secrets.token_urlsafe(32)
+    loopback = config.listen.host in LOOPBACK
+    engines = [_engine(model, token, loopback) for model in config.models]
+    gateway = serve.deployment(serve.ingress()(GatewayReplica)).options(
+        name=GATEWAY,
+        num_replicas=config.gateway.replicas,
+        ray_actor_options={"num_cpus": config.gateway.cpus},
+        # The gateway refuses by itself, with a reason; Serve's own bound is only the backstop.
+        max_ongoing_requests=config.gateway.max_ongoing_requests * 2,
+        max_queued_requests=config.gateway.max_ongoing_requests,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=_longest_drain(config),
+    )
+    return gateway.bind(config, token, loopback, *engines)
+
+
+def _engine(model: ModelConfig, token: str, loopback: bool) -> Application:
+    gpu = uses_gpu(model)
+    deployment = serve.deployment(EngineReplica).options(
+        name=deployment_name(model.id),
+        num_replicas=model.replicas.min,
+        placement_group_bundles=bundles(model, gpu=gpu),
+        placement_group_strategy="PACK" if gpu else "STRICT_PACK",
+        ray_actor_options=_actor_options(model, gpu=gpu),
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=model.drain_timeout_s + DRAIN_MARGIN_S,
+    )
+    return deployment.bind(model, token, loopback, gpu)
+
+
+def _actor_options(model: ModelConfig, *, gpu: bool) -> dict[str, float]:
+    """The replica lives in the placement group's first bundle.
+
+    A single worker runs inside the replica and takes its GPU; several are Ray actors that take theirs.
+    """
+    options = {"num_cpus": model.resources.cpus}
+    if gpu and model.parallel.workers == 1:
+        options["num_gpus"] = model.resources.gpus
+    return options
+
+
+def bundles(model: ModelConfig, *, gpu: bool) -> list[dict[str, float]]:
+    """One placement-group bundle per worker of a replica."""
+    resources = model.resources
+    bundle: dict[str, float] = {"CPU": resources.cpus}
+    if gpu:
+        bundle["GPU"] = resources.gpus
+        if resources.accelerator_type:
+            bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
+    return [dict(bundle) for _ in range(model.parallel.workers)]
+
+
+def uses_gpu(model: ModelConfig) -> bool:
+    """Whether a model's workers take GPUs: as configured, or with `auto` where the cluster has any."""
+    import ray
+
+    if model.is_fake or model.resources.accelerator == "cpu":
+        return False
+    return model.resources.accelerator == "gpu" or ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _longest_drain(config: GalerneConfig) -> float:
+    return max(model.drain_timeout_s for model in config.models) + DRAIN_MARGIN_S

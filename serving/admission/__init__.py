@@ -1,0 +1,1 @@
+"""What a request must pass before it may cost anything: the bounds on its body."""

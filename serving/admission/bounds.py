@@ -1,0 +1,329 @@
+"""The early, cheap refusal of bad input, before an engine is touched.
+
+Promises: what passes is inside every bound of `LimitsConfig`; what does not is a BadRequest whose sentence
+names the field and the limit; nothing else is ever raised, whatever the bytes; one parse, and no copy of
+the body is made for the engine, which gets the client's own bytes.
+
+The engine parses those bytes again (Python's json, then pydantic), so the two views must not differ in what
+is bounded here. They do not: keys are unescaped and compared exactly by both; of a repeated key both keep
+the last value; numbers, strings and booleans are accepted here only in their own JSON type, which pydantic
+takes as they are; and everything that json takes and msgspec refuses (NaN, a byte order mark, UTF-16, lone
+surrogates) is refused. A field this module does not know is relayed: the engine ignores it or answers for
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+import msgspec
+
+from serving.admission import content, json_shape, shapes
+from serving.admission.complaints import above, decode, is_given, missing, too_long, too_many, unsupported
+from serving.config import LimitsConfig
+from serving.errors import BadRequest
+
+
+class BodyKind(StrEnum):
+    """The shape of a route's body."""
+
+    CHAT = "chat"
+    COMPLETION = "completion"
+    EMBEDDING = "embedding"
+    RESPONSES = "responses"
+    RERANK = "rerank"
+    SCORE = "score"
+    TOKENIZE = "tokenize"
+    DETOKENIZE = "detokenize"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What the gateway decides by.
+
+    `include_usage`: the client asked for the usage event of a stream. `prompt_bytes`: UTF-8 bytes of all
+    text the prompt is made of, tools included; a token id counts as four. `max_output_tokens`: for each of
+    `n` answers; None where the model's context is the only bound.
+    """
+
+    model: str
+    stream: bool
+    include_usage: bool
+    prompt_bytes: int
+    max_output_tokens: int | None
+    n: int
+
+
+_DECODERS: Final[dict[BodyKind, msgspec.json.Decoder[shapes.AnyBody]]] = {
+    BodyKind.CHAT: msgspec.json.Decoder(shapes.Chat),
+    BodyKind.COMPLETION: msgspec.json.Decoder(shapes.Completion),
+    BodyKind.EMBEDDING: msgspec.json.Decoder(shapes.Embedding),
+    BodyKind.RESPONSES: msgspec.json.Decoder(shapes.Responses),
+    BodyKind.RERANK: msgspec.json.Decoder(shapes.Rerank),
+    BodyKind.SCORE: msgspec.json.Decoder(shapes.Score),
+    BodyKind.TOKENIZE: msgspec.json.Decoder(shapes.Tokenize),
+    BodyKind.DETOKENIZE: msgspec.json.Decoder(shapes.Detokenize),
+}
+_TOKEN_KINDS = frozenset({BodyKind.COMPLETION, BodyKind.EMBEDDING, BodyKind.DETOKENIZE})
+_logit_bias = msgspec.json.Decoder(dict[str, shapes.Bias])
+_structured_outputs = msgspec.json.Decoder(shapes.StructuredOutputs)
+_string = msgspec.json.Decoder(str)
+
+# vLLM's own default for /v1/completions.
+COMPLETION_OUTPUT_TOKENS = 16
+# One entry of logit_bias, generously spaced: refuses a long one before it is parsed.
+_BIAS_ENTRY_BYTES = 64
+MAX_MODEL_BYTES = 256
+
+_TEMPLATE = "the model's own chat template is used"
+_TEXT_ONLY = "this cluster serves text only"
+_INTERNAL = "it is internal to the cluster"
+_STATELESS = "responses are not stored; send the whole conversation in 'input'"
+REFUSED: Final[dict[str, str]] = {
+    "prompt_embeds": "prompts are text or token ids",
+    "chat_template": _TEMPLATE,
+    "chat_template_kwargs": _TEMPLATE,
+    "mm_processor_kwargs": _TEXT_ONLY,
+    "media_io_kwargs": _TEXT_ONLY,
+    "multi_modal_data": _TEXT_ONLY,
+    "kv_transfer_params": _INTERNAL,
+    "ec_transfer_params": _INTERNAL,
+    "vllm_xargs": _INTERNAL,
+    "logits_processors": "requests carry no code",
+    # A client's id could collide with another tenant's inside the engine.
+    "request_id": "the cluster gives every request its id",
+}
+_RESPONSES_REFUSED: Final[dict[str, str]] = {
+    "previous_response_id": _STATELESS,
+    "previous_input_messages": _STATELESS,
+    "conversation": _STATELESS,
+    "prompt": "prompt templates are not stored here",
+}
+# JSON schemas, grammars and the like, as they are compiled by the engine.
+_SCHEMAS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "tool_choice",
+)
+_SCORE_PAIRS = (("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documents"), ("queries", "items"))
+
+
+def read(kind: BodyKind, body: bytes, limits: LimitsConfig) -> RequestFacts:
+    """Check one request body against every bound; raises BadRequest with `param` and `code`."""
+    token_ids = limits.prompt_tokens if kind in _TOKEN_KINDS else 0
+    json_shape.check(body, limits.json_depth, content.MAX_VALUES + token_ids)
+    if not body.isascii():
+        _check_utf8(body)
+    found = decode(_DECODERS[kind], body)
+    model = _common(found)
+    if isinstance(found, shapes.Generation):
+        _generation(found, limits)
+    stream = isinstance(found, shapes.Generation) and bool(found.stream)
+    options = found.stream_options if isinstance(found, shapes.Generation) else None
+    return RequestFacts(
+        model=model,
+        stream=stream,
+        include_usage=stream and options is not None and bool(options.include_usage),
+        prompt_bytes=_PROMPTS[type(found)](found, limits),
+        max_output_tokens=_max_output_tokens(found),
+        n=(found.n or 1) if isinstance(found, shapes.Generation) else 1,
+    )
+
+
+def _check_utf8(body: bytes) -> None:
+    # The parser checks only the strings it builds; the engine decodes the whole body.
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest(
+            f"The request body is not valid UTF-8 (byte {error.start}).", code="invalid_json"
+        ) from None
+
+
+def _common(found: shapes.AnyBody) -> str:
+    for name, reason in REFUSED.items():
+        if is_given(getattr(found, name)):
+            raise unsupported(name, reason)
+    if not found.model:
+        raise missing("model")
+    if (size := content.utf8_bytes(found.model)) > MAX_MODEL_BYTES:
+        raise too_long("model", MAX_MODEL_BYTES, size)
+    if found.priority:
+        raise unsupported("priority", "the cluster orders requests itself; leave it out or send 0")
+    return found.model
+
+
+def _chat(found: shapes.Chat, limits: LimitsConfig) -> int:
+    documents = found.documents or []
+    if len(documents) > limits.batch_prompts:
+        raise too_many("documents", limits.batch_prompts, len(documents))
+    return (
+        content.messages(found.messages, limits)
+        + content.tools(found.tools, limits)
+        + sum(content.utf8_bytes(text) for document in documents for text in document.values())
+    )
+
+
+def _completion(found: shapes.Completion, limits: LimitsConfig) -> int:
+    prompt_bytes = content.prompt(found.prompt, "prompt", limits.batch_prompts, limits)
+    return prompt_bytes + content.utf8_bytes(found.suffix)
+
+
+def _embedding(found: shapes.Embedding, limits: LimitsConfig) -> int:
+    if found.messages is None:
+        return content.prompt(found.input, "input", limits.batch_inputs, limits)
+    if is_given(found.input):
+        raise unsupported("messages", "send either 'input' or 'messages'")
+    return content.messages(found.messages, limits)
+
+
+def _rerank(found: shapes.Rerank, limits: LimitsConfig) -> int:
+    if found.query is None:
+        raise missing("query")
+    if found.documents is None:
+        raise missing("documents")
+    return (
+        content.utf8_bytes(found.instruction)
+        + content.score_input(found.query, "query", limits)
+        + content.score_input(found.documents, "documents", limits)
+    )
+
+
+def _tokenize(found: shapes.Tokenize, limits: LimitsConfig) -> int:
+    tools = content.tools(found.tools, limits)
+    if found.messages is None:
+        if found.prompt is None:
+            raise missing("prompt")
+        return tools + content.utf8_bytes(found.prompt)
+    return tools + content.messages(found.messages, limits)
+
+
+def _detokenize(found: shapes.Detokenize, limits: LimitsConfig) -> int:
+    if found.tokens is None:
+        raise missing("tokens")
+    if len(found.tokens) > limits.prompt_tokens:
+        raise too_many("tokens", limits.prompt_tokens, len(found.tokens), "tokens")
+    return len(found.tokens) * content.TOKEN_TEXT_BYTES
+
+
+def _responses(found: shapes.Responses, limits: LimitsConfig) -> int:
+    for name, reason in _RESPONSES_REFUSED.items():
+        if is_given(getattr(found, name)):
+            raise unsupported(name, reason)
+    for name in ("background", "store"):
+        if getattr(found, name):
+            raise unsupported(name, "responses are not stored; leave it out or send false")
+    _schema("text", found.text, limits)
+    return (
+        content.responses_input(found.input, limits)
+        + content.utf8_bytes(found.instructions)
+        + content.tools(found.tools, limits)
+    )
+
+
+def _score(found: shapes.Score, limits: LimitsConfig) -> int:
+    pairs = [p for p in _SCORE_PAIRS if all(getattr(found, side) is not None for side in p)]
+    if not pairs:
+        raise missing("text_1") if found.text_1 is None else missing("text_2")
+    sides = {side for pair in pairs for side in pair}
+    return content.utf8_bytes(found.instruction) + sum(
+        content.score_input(getattr(found, side), side, limits) for side in sorted(sides)
+    )
+
+
+_PROMPTS: Final[dict[type[shapes.AnyBody], Callable[[Any, LimitsConfig], int]]] = {
+    shapes.Chat: _chat,
+    shapes.Completion: _completion,
+    shapes.Responses: _responses,
+    shapes.Embedding: _embedding,
+    shapes.Rerank: _rerank,
+    shapes.Score: _score,
+    shapes.Tokenize: _tokenize,
+    shapes.Detokenize: _detokenize,
+}
+
+
+def _max_output_tokens(found: shapes.AnyBody) -> int | None:
+    match found:
+        case shapes.Chat():
+            # The engine prefers the newer name, a zero under it included.
+            return found.max_tokens if found.max_completion_tokens is None else found.max_completion_tokens
+        case shapes.Completion():
+            return COMPLETION_OUTPUT_TOKENS if found.max_tokens is None else found.max_tokens
+        case shapes.Responses():
+            return found.max_output_tokens
+        case _:
+            return 0
+
+
+def _generation(found: shapes.Generation, limits: LimitsConfig) -> None:
+    for name, least, most in (
+        ("n", 1, limits.n),
+        ("best_of", 1, limits.best_of),
+        ("max_tokens", 0, limits.output_tokens),
+        ("max_completion_tokens", 0, limits.output_tokens),
+        ("max_output_tokens", 0, limits.output_tokens),
+        ("min_tokens", 0, limits.output_tokens),
+        ("thinking_token_budget", -1, limits.output_tokens),
+        ("top_logprobs", 0, limits.logprobs),
+        # Each of them costs a row over the whole vocabulary for every token of the prompt.
+        ("prompt_logprobs", 0, 0),
+    ):
+        _within(name, getattr(found, name), least, most)
+    if isinstance(found, shapes.Completion):
+        _within("logprobs", found.logprobs, 0, limits.logprobs)
+    _strings("stop", [found.stop] if isinstance(found.stop, str) else found.stop, limits)
+    _strings("bad_words", found.bad_words, limits)
+    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        entries = getattr(found, name)
+        if entries is not None and len(entries) > limits.logit_bias_entries:
+            raise too_many(name, limits.logit_bias_entries, len(entries), "entries")
+    if is_given(found.logit_bias):
+        most_bytes = _BIAS_ENTRY_BYTES * limits.logit_bias_entries
+        if (size := len(bytes(found.logit_bias))) > most_bytes:
+            raise too_long("logit_bias", most_bytes, size)
+        biases = decode(_logit_bias, found.logit_bias, "logit_bias")
+        if len(biases) > limits.logit_bias_entries:
+            raise too_many("logit_bias", limits.logit_bias_entries, len(biases), "entries")
+    for name in _SCHEMAS:
+        _schema(name, getattr(found, name), limits)
+    if is_given(found.structured_outputs):
+        outputs = decode(_structured_outputs, found.structured_outputs, "structured_outputs")
+        content.json_in_string(outputs.structural_tag, "structured_outputs.structural_tag", limits)
+        if bytes(outputs.json)[:1] == b'"':
+            content.json_in_string(decode(_string, outputs.json), "structured_outputs.json", limits)
+
+
+def _within(name: str, value: int | None, least: int, most: int) -> None:
+    if value is None:
+        return
+    if value > most:
+        raise above(name, most, value)
+    if value < least:
+        raise BadRequest(
+            f"Invalid '{name}': expected a value of at least {least}, but got {value}.",
+            code="integer_below_min_value",
+            param=name,
+        )
+
+
+def _strings(name: str, values: list[str] | None, limits: LimitsConfig) -> None:
+    if values is None:
+        return
+    if len(values) > limits.stop_sequences:
+        raise too_many(name, limits.stop_sequences, len(values), "strings")
+    for i, value in enumerate(values):
+        if (size := content.utf8_bytes(value)) > limits.stop_bytes:
+            raise too_long(f"{name}[{i}]", limits.stop_bytes, size)
+
+
+def _schema(name: str, raw: msgspec.Raw, limits: LimitsConfig) -> None:
+    if (size := len(bytes(raw))) > limits.schema_bytes:
+        raise too_long(name, limits.schema_bytes, size)

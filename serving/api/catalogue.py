@@ -1,0 +1,65 @@
+"""What the gateway answers itself: the models a tenant may use, health and version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serving import __version__
+from serving.api.auth import Identity
+from serving.config import GalerneConfig, ModelConfig
+from serving.errors import NotFound
+from serving.routing.replicas import ReplicaSet
+
+
+class Catalogue:
+    """The configured models, seen through one tenant's permissions."""
+
+    def __init__(self, config: GalerneConfig, replicas: ReplicaSet, created_s: int) -> None:
+        self._models = {model.id: model for model in config.models}
+        self._replicas = replicas
+        self._created_s = created_s
+
+    def allowed(self, identity: Identity) -> list[str]:
+        """Ids of the models this identity may use, in the configuration's order."""
+        return [m for m in self._models if identity.models is None or m in identity.models]
+
+    def model(self, model_id: str, identity: Identity) -> ModelConfig:
+        """The model, where this identity may use it; raises NotFound naming those it may use.
+
+        A model of another tenant and one that does not exist get the same answer.
+        """
+        model = self._models.get(model_id)
+        if model is None or not (identity.models is None or model_id in identity.models):
+            names = ", ".join(f"'{name}'" for name in self.allowed(identity)) or "none"
+            shown = model_id if len(model_id) <= 128 else model_id[:128] + "…"  # noqa: PLR2004
+            raise NotFound(
+                f"The model '{shown}' does not exist or this key may not use it. Models of this key: {names}.",
+                code="model_not_found",
+                param="model",
+            )
+        return model
+
+    def listing(self, identity: Identity) -> dict[str, Any]:
+        """The answer of GET /v1/models; a model that is still loading is listed too."""
+        return {"object": "list", "data": [self.card(self._models[m]) for m in self.allowed(identity)]}
+
+    def card(self, model: ModelConfig) -> dict[str, Any]:
+        """One model in OpenAI's shape; `ready_replicas` is Galerne's addition."""
+        return {
+            "id": model.id,
+            "object": "model",
+            "created": self._created_s,
+            "owned_by": "galerne",
+            "task": model.task,
+            "simulated": model.is_fake,
+            "ready_replicas": self._replicas.ready(model.id),
+        }
+
+    def ready(self) -> bool:
+        """Whether any model has a replica: a gateway with none has nothing to offer."""
+        return any(self._replicas.ready(model) for model in self._models)
+
+
+def version() -> dict[str, str]:
+    """The answer of GET /version."""
+    return {"name": "galerne", "version": __version__}

@@ -1,0 +1,49 @@
+"""The allow-list: every path the gateway answers, and what an engine has to be to serve it.
+
+Whatever is not here is 404 and never reaches an engine: vLLM's app has routes that pause it, load weights or
+run code (THREATS: engine endpoints beside /v1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from serving.admission.bounds import BodyKind
+
+Task = Literal["generate", "embed"]
+BOTH: frozenset[Task] = frozenset({"generate", "embed"})
+GENERATE: frozenset[Task] = frozenset({"generate"})
+EMBED: frozenset[Task] = frozenset({"embed"})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRoute:
+    """A POST that is relayed: its path, the shape of its body, the tasks that serve it."""
+
+    path: str
+    kind: BodyKind
+    tasks: frozenset[Task]
+
+
+RELAYED: dict[str, EngineRoute] = {
+    route.path: route
+    for route in (
+        EngineRoute("/v1/chat/completions", BodyKind.CHAT, GENERATE),
+        EngineRoute("/v1/completions", BodyKind.COMPLETION, GENERATE),
+        EngineRoute("/v1/responses", BodyKind.RESPONSES, GENERATE),
+        EngineRoute("/v1/embeddings", BodyKind.EMBEDDING, EMBED),
+        EngineRoute("/v1/rerank", BodyKind.RERANK, EMBED),
+        EngineRoute("/v1/score", BodyKind.SCORE, EMBED),
+        EngineRoute("/tokenize", BodyKind.TOKENIZE, BOTH),
+        EngineRoute("/detokenize", BodyKind.DETOKENIZE, BOTH),
+    )
+}
+
+MODELS = "/v1/models"
+MODEL_PREFIX = "/v1/models/"
+LIVE = "/health/live"
+READY = "/health/ready"
+VERSION = "/version"
+# Answered by the gateway itself, by GET.
+OWN: frozenset[str] = frozenset({MODELS, LIVE, READY, VERSION})

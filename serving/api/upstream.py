@@ -1,0 +1,246 @@
+"""HTTP/1.1 towards engine replicas: pooled connections whose response bytes are handed on as they come.
+
+The relay's cost is a cost per token of every stream, so this is the one place where a general HTTP client is
+not good enough: httptools (uvicorn's parser) on a bare asyncio protocol does a chunk in about a quarter of
+the processor time of a client library (`make bench-overhead` measures the sum). It speaks to vLLM's uvicorn
+alone: no redirects, no compression, no TLS, one request at a time on a connection.
+
+A request whose bytes went out is never sent again. That needs idle connections that are surely alive: they
+are dropped here well before the engine's keep-alive ends, and at once when the engine closes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+import httptools
+
+from serving.errors import GalerneError
+from serving.routing.replicas import Endpoint
+
+IDLE_EXPIRY_S = 30.0  # the engine's server keeps idle connections 75 s
+MAX_IDLE_PER_ENGINE = 1024
+BUFFER_HIGH_BYTES = 256 * 1024  # a slow reader stops the engine's socket here
+
+FailureKind = Literal["connect", "broken", "timeout"]
+
+
+class UpstreamError(GalerneError):
+    """The engine side failed: `kind` is connect (nothing was sent), broken or timeout."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind = kind
+        self.message = message
+
+
+class Connection(asyncio.Protocol):
+    """One connection to an engine; carries one request at a time."""
+
+    __slots__ = (
+        "_bytes",
+        "_chunks",
+        "_error",
+        "_head_done",
+        "_loop",
+        "_on_closed",
+        "_parser",
+        "_paused",
+        "_transport",
+        "_waiter",
+        "closed",
+        "done",
+        "headers",
+        "idle_since",
+        "status",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_closed: Callable[[Connection], None]) -> None:
+        self._loop = loop
+        self._on_closed = on_closed
+        self._transport: asyncio.Transport | None = None
+        self.closed = False
+        self.idle_since = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._chunks: list[bytes] = []
+        self._bytes = 0
+        self._paused = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: UpstreamError | None = None
+        self._head_done = False
+        self.done = True
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        if self.done:  # bytes nobody asked for: never trust what comes next on this connection
+            self.abort()
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(UpstreamError("broken", f"the engine's answer is not HTTP: {error}"))
+            self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol names it
+        self.closed = True
+        if not self.done:
+            self._fail(UpstreamError("broken", "the engine closed the connection before its answer ended"))
+        self._on_closed(self)
+
+    # -- httptools callbacks
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+        if self.status >= 200:  # noqa: PLR2004 - 1xx are interim, the real head follows
+            self._head_done = True
+            self._wake()
+        else:
+            self.headers.clear()
+
+    def on_body(self, body: bytes) -> None:
+        self._chunks.append(body)
+        self._bytes += len(body)
+        if self._bytes > BUFFER_HIGH_BYTES and not self._paused and self._transport is not None:
+            self._transport.pause_reading()
+            self._paused = True
+        self._wake()
+
+    def on_message_complete(self) -> None:
+        if self._head_done:
+            self.done = True
+            self._wake()
+
+    # -- the request
+
+    def send(self, head: bytes, body: bytes) -> None:
+        """Write one request; the connection must be idle."""
+        if self._transport is None or self.closed or not self.done:
+            raise RuntimeError("send on a connection that is not idle")
+        self._reset()
+        self.done = False
+        self._transport.writelines((head, body))
+
+    async def head(self) -> int:
+        """The response's status, when its headers are here; raises UpstreamError."""
+        while not self._head_done:
+            await self._wait()
+        return self.status
+
+    async def read(self) -> bytes:
+        """The next body bytes, everything that has come so far; b"" at the end; raises UpstreamError."""
+        while not self._chunks:
+            if self.done:
+                return b""
+            await self._wait()
+        chunk = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._bytes = 0
+        if self._paused and self._transport is not None and not self.closed:
+            self._transport.resume_reading()
+            self._paused = False
+        return chunk
+
+    def reusable(self) -> bool:
+        """Whether another request may follow on this connection."""
+        return self.done and not self.closed and self._error is None and self._parser.should_keep_alive()
+
+    def abort(self) -> None:
+        """Close at once; an engine takes it as the client's leaving and stops computing."""
+        if self._transport is not None and not self.closed:
+            self._transport.abort()
+
+    def fail(self, error: UpstreamError) -> None:
+        """Make the reader see `error` now (a stalled stream, a client that left)."""
+        self._fail(error)
+        self.abort()
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+        if self._error is not None and not self._chunks:
+            raise self._error
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _fail(self, error: UpstreamError) -> None:
+        if self._error is None and not self.done:
+            self._error = error
+        self._wake()
+
+
+class Pool:
+    """Idle connections by engine endpoint. Used from one event loop only."""
+
+    def __init__(self, connect_timeout_s: float) -> None:
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: dict[Endpoint, deque[Connection]] = {}
+
+    async def connection(self, endpoint: Endpoint) -> Connection:
+        """An idle connection, or a new one; raises UpstreamError("connect")."""
+        loop = asyncio.get_running_loop()
+        idle = self._idle.get(endpoint)
+        while idle:
+            connection = idle.pop()  # the latest used: the others grow old and expire
+            if not connection.closed and loop.time() - connection.idle_since < IDLE_EXPIRY_S:
+                return connection
+            connection.abort()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(loop, lambda c: self._forget(endpoint, c)),
+                    endpoint.host,
+                    endpoint.port,
+                )
+        except (OSError, TimeoutError) as error:
+            raise UpstreamError("connect", f"engine replica {endpoint.replica_id} cannot be reached") from error
+        return connection
+
+    def release(self, endpoint: Endpoint, connection: Connection) -> None:
+        """Give a connection back: kept when its answer ended cleanly, closed otherwise."""
+        idle = self._idle.setdefault(endpoint, deque())
+        if connection.reusable() and len(idle) < MAX_IDLE_PER_ENGINE:
+            connection.idle_since = asyncio.get_running_loop().time()
+            idle.append(connection)
+        else:
+            connection.abort()
+
+    def drop(self, endpoint: Endpoint) -> None:
+        """Close an engine's idle connections; those in use end with their requests."""
+        for connection in self._idle.pop(endpoint, ()):
+            connection.abort()
+
+    def close(self) -> None:
+        """Close every idle connection."""
+        for endpoint in tuple(self._idle):
+            self.drop(endpoint)
+
+    def idle(self) -> int:
+        """Idle connections to all engines."""
+        return sum(len(connections) for connections in self._idle.values())
+
+    def _forget(self, endpoint: Endpoint, connection: Connection) -> None:
+        idle = self._idle.get(endpoint)
+        if idle is not None and connection in idle:
+            idle.remove(connection)

@@ -1,0 +1,289 @@
+"""`galerne serve`: brings a whole cluster up on one machine, says how to use it, and takes it down without a trace.
+
+Order matters: everything that can be refused (configuration, ports, weights) is refused before a process starts;
+the environment is set before Ray is imported; whatever happens after that, every process this command
+caused is ended before it returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from serving.cli import state
+from serving.cli.prepare import prepare_models
+from serving.cluster import processes
+from serving.cluster.environment import ONE_MACHINE, METRICS_PORT_HAPROXY, environment
+from serving.cluster.names import APP, GATEWAY, deployment_name
+from serving.config import GalerneConfig
+from serving.errors import ClusterError, EngineError
+
+if TYPE_CHECKING:
+    from serving.cluster.ray import DeploymentState, LocalCluster, RunningReplica
+
+APPLICATION = "deployments.app:application"
+FALLBACK_PORT = 8500
+STOP_WAIT_S = 15.0
+POLL_S = 0.25
+FAILED_STATUSES = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked configuration and where its cluster keeps its files."""
+
+    config: GalerneConfig
+    state_dir: Path
+    ready_file: Path | None
+    example_key: str | None
+
+
+def fake_models(config: GalerneConfig) -> GalerneConfig:
+    """The same configuration with the fake engine behind every model."""
+    models = tuple(m.model_copy(update={"source": f"fake:{m.id}"}) for m in config.models)
+    return config.model_copy(update={"models": models})
+
+
+def run(plan: Plan, console: Console) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit status."""
+    stop = threading.Event()
+    started_s = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    _refuse_taken_ports(plan.config)
+    state.make_private(plan.state_dir)
+    (plan.state_dir / "haproxy").mkdir(exist_ok=True)
+    if plan.config.demo_keys:
+        console.print("[yellow]Warning:[/] the keys of this configuration are public. Loopback only; for demos.")
+    prepare_models(plan.config, console)
+    processes.become_reaper()
+    metrics_port = processes.free_port(plan.config.listen.host, METRICS_PORT_HAPROXY)
+    os.environ.update(environment(plan.config, plan.state_dir) | ONE_MACHINE)
+    # Other users of this machine reach loopback too: Ray's control plane asks for a token (ShadowRay).
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(metrics_port)
+    os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = str(processes.free_port(plan.config.listen.host, FALLBACK_PORT))
+    from serving.cluster.ray import LocalCluster
+
+    config = plan.config
+    cluster = LocalCluster(host=config.listen.host, port=config.listen.port, cpus=_logical_cpus(config))
+    try:
+        with console.status("starting Ray"):
+            cluster.start()
+        # Ray installs handlers of its own when it starts.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        token = secrets.token_urlsafe(32)
+        cluster.deploy(APP, APPLICATION, config, token)
+        return asyncio.run(_Session(plan, cluster, token, metrics_port, console, stop, started_s).run())
+    finally:
+        _take_down(cluster, plan, console)
+
+
+class _Session:
+    """The time between deployment and stop: follows replicas, keeps the state file true."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        cluster: LocalCluster,
+        token: str,
+        haproxy_metrics_port: int,
+        console: Console,
+        stop: threading.Event,
+        started_s: float,
+    ) -> None:
+        self._plan = plan
+        self._cluster = cluster
+        self._console = console
+        self._stop = stop
+        self._started_s = started_s
+        listen = plan.config.listen
+        self._state = state.ClusterState(
+            url=f"http://{listen.host}:{listen.port}",
+            pid=os.getpid(),
+            engine_token=token,
+            haproxy_metrics_port=haproxy_metrics_port,
+            models={m.id: m.task for m in plan.config.models},
+        )
+        self._announced = False
+
+    async def run(self) -> int:
+        from serving.cluster.ray import ReplicaWatch
+
+        deployments = {m.id: deployment_name(m.id) for m in self._plan.config.models}
+        watch = ReplicaWatch(
+            APP,
+            deployments | {"": GATEWAY},
+            self._changed,
+            asyncio.get_running_loop(),
+            client_id=f"galerne-serve-{os.getpid()}",
+        )
+        try:
+            with self._console.status("loading models") as status:
+                while not self._stop.is_set() and not self._up():
+                    found = await asyncio.to_thread(self._cluster.deployments, APP)
+                    status.update(_progress(found, deployments, time.monotonic() - self._started_s))
+                    _raise_failure(found, deployments)
+                    await asyncio.sleep(POLL_S)
+            if not self._stop.is_set():
+                await self._announce()
+            while not self._stop.is_set():
+                await asyncio.sleep(POLL_S)
+        finally:
+            watch.stop()
+        return 0
+
+    def _up(self) -> bool:
+        engines = all(self._state.engines.get(m) for m in self._state.models)
+        return engines and bool(self._state.gateways)
+
+    def _changed(self, key: str, replicas: tuple[RunningReplica, ...]) -> None:
+        from serving.cluster.ray import METRICS_PORT, PID
+
+        if key:
+            rows = [
+                state.EngineState(e.replica_id, e.host, e.port, int(r.metadata[PID]))
+                for r in replicas
+                if (e := r.endpoint()) is not None
+            ]
+            self._state = replace(self._state, engines=dict(self._state.engines) | {key: tuple(rows)})
+        else:
+            gateways = tuple(
+                state.GatewayState(r.replica_id, int(r.metadata[PID]), int(r.metadata[METRICS_PORT]))
+                for r in replicas
+                if PID in r.metadata
+            )
+            self._state = replace(self._state, gateways=gateways)
+        if self._announced:
+            self._write()
+
+    def _write(self) -> None:
+        found = frozenset(_named(processes.descendants(os.getpid()), "haproxy"))
+        self._state = replace(self._state, haproxy_pids=tuple(sorted(found)))
+        state.write(self._plan.state_dir, self._state, self._plan.ready_file)
+
+    async def _announce(self) -> None:
+        """Wait for the front door, then say how to knock."""
+        listen = self._plan.config.listen
+        while not self._stop.is_set() and not await _answers(listen.host, listen.port):
+            await asyncio.sleep(POLL_S)
+        self._announced = True
+        self._write()
+        seconds = time.monotonic() - self._started_s
+        self._console.print(f"\n[bold green]Galerne is ready[/] at {self._state.url} after {seconds:.0f} s.")
+        self._console.print(_example(self._state, self._plan.example_key), markup=False, soft_wrap=True)
+        self._console.print("`galerne status` shows models and replicas. Ctrl-C stops everything.")
+
+
+def _example(cluster: state.ClusterState, key: str | None) -> str:
+    key = key or "$GALERNE_KEY"
+    model, task = next(iter(cluster.models.items()))
+    if task == "generate":
+        path, body = (
+            "/v1/chat/completions",
+            (
+                f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Name three French cheeses."}}], '
+                f'"max_tokens": 60}}'
+            ),
+        )
+    else:
+        path, body = "/v1/embeddings", f'{{"model": "{model}", "input": "fromage"}}'
+    return (
+        f"\ncurl {cluster.url}{path} \\\n  -H 'Authorization: Bearer {key}' "
+        f"-H 'Content-Type: application/json' \\\n  -d '{body}'\n"
+    ).replace("'Authorization: Bearer $GALERNE_KEY'", '"Authorization: Bearer $GALERNE_KEY"')
+
+
+def _progress(found: tuple[DeploymentState, ...], models: dict[str, str], seconds: float) -> str:
+    by_name = {d.name: d for d in found}
+    parts = []
+    for model, name in models.items():
+        deployment = by_name.get(name)
+        running = deployment.replicas.get("RUNNING", 0) if deployment else 0
+        parts.append(f"{model} {'ready' if running else 'loading'}")
+    return f"{seconds:.0f} s: " + ", ".join(parts)
+
+
+def _raise_failure(found: tuple[DeploymentState, ...], models: dict[str, str]) -> None:
+    by_name = {name: model for model, name in models.items()}
+    for deployment in found:
+        if deployment.status in FAILED_STATUSES and not deployment.replicas.get("RUNNING"):
+            what = by_name.get(deployment.name, deployment.name)
+            raise EngineError(f"{what!r} does not start: {_last_line(deployment.message)}")
+
+
+def _last_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    named = [line for line in lines if "EngineError" in line or "SourceError" in line]
+    return (named or lines or ["no reason given"])[-1]
+
+
+def _refuse_taken_ports(config: GalerneConfig) -> None:
+    host, port = config.listen.host, config.listen.port
+    if not processes.port_is_free(host, port):
+        raise ClusterError(f"port {port} on {host} is taken; stop what listens there, or choose another with --port")
+
+
+def _logical_cpus(config: GalerneConfig) -> float:
+    """What the deployments ask Ray for; on a small machine more than there are cores, which Ray only counts."""
+    engines = sum(m.resources.cpus * m.parallel.workers * (m.replicas.max or m.replicas.min) for m in config.models)
+    return max(float(os.cpu_count() or 1), engines + config.gateway.cpus * config.gateway.replicas + 1)
+
+
+async def _answers(host: str, port: int) -> bool:
+    try:
+        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 2)
+        writer.write(b"GET /health/ready HTTP/1.1\r\nhost: galerne\r\nconnection: close\r\n\r\n")
+        line = await asyncio.wait_for(reader.readline(), 5)
+        writer.close()
+    except (OSError, TimeoutError):
+        return False
+    return b" 200 " in line
+
+
+def _named(pids: set[int], name: str) -> list[int]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                found.append(pid)
+    return found
+
+
+def _take_down(cluster: LocalCluster, plan: Plan, console: Console) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _at_once)
+    with console.status("stopping"):
+        # A replica that hangs must not keep the rest alive: the descendants are ended in any case.
+        _within(cluster.stop, STOP_WAIT_S)
+        processes.end_descendants(os.getpid())
+    for name in (state.STATE_FILE, state.TARGETS_FILE):
+        with contextlib.suppress(OSError):
+            (plan.state_dir / name).unlink()
+    if plan.ready_file is not None:
+        with contextlib.suppress(OSError):
+            plan.ready_file.unlink()
+    console.print("Stopped: no process and no port is left.")
+
+
+def _at_once(*_: object) -> None:
+    processes.end_descendants(os.getpid())
+    os._exit(130)
+
+
+def _within(action: Callable[[], None], seconds: float) -> None:
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(seconds)

@@ -1,0 +1,71 @@
+"""Environment of every process of a cluster: Ray's and vLLM's switches, in one place.
+
+Ray Serve reads its switches when it is imported, on the driver and on every node, so they are set before that:
+`galerne serve` sets them on one machine, the chart sets the same ones on pods.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from serving.cluster.haproxy import EdgeLimits
+from serving.config import GalerneConfig
+
+METRICS_PORT_HAPROXY = 9101
+HAPROXY_PROGRAM = "galerne-haproxy"
+
+# No process of the cluster reports to anybody.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Weights are prepared before an engine starts; an engine itself never goes out.
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+
+
+# Ray's own processes (GCS, raylet, workers) bind every interface unless the node's address is 127.0.0.1, and Ray
+# takes that address on Linux only where this switch, made for desktop systems, is off.
+ONE_MACHINE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOOPBACK_IP": "127.0.0.1",
+    # No load balancer of another machine has to notice first that the gateway goes.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+    # What Ray's C++ side says about tasks it drops while it stops is nobody's concern.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
+
+
+def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
+    """Variables for the driver and every node; `state_dir` holds HAProxy's files and sockets."""
+    haproxy = state_dir / "haproxy"
+    drain_s = max((int(model.drain_timeout_s) for model in config.models), default=600)
+    limits = EdgeLimits(config.listen.host, config.limits.header_bytes, config.limits.body_bytes)
+    return (
+        QUIET
+        | limits.environment()
+        | {
+            # Measured: HAProxy -> ingress replica directly, no deployment handle, one event loop.
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name(HAPROXY_PROGRAM)),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(METRICS_PORT_HAPROXY),
+            # A reload keeps the old process for its streams: as long as a replica may drain.
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(drain_s),
+            "RAY_SERVE_LOG_CLIENT_ADDRESS": "0",
+            "RAY_SERVE_LOG_TO_STDERR": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        }
+    )

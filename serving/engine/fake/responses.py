@@ -1,0 +1,195 @@
+"""/v1/responses: one text message, whole or as the event sequence that vLLM 0.29 sends for it.
+
+Nothing is stored: `previous_response_id` finds nothing, and tools are not called.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from serving.engine.fake import plan
+from serving.engine.fake.engine import Engine, Usage, random_id
+from serving.engine.fake.exchange import Exchange
+from serving.engine.fake.plan import Choice, Wanted
+from serving.engine.fake.protocol import Message, RefusalError, ResponsesRequest, parse
+
+
+def conversation(request: ResponsesRequest) -> list[Message]:
+    """The turns of a request: its instructions, then its input."""
+    turns = [Message("system", request.instructions)] if request.instructions else []
+    if isinstance(request.input, str):
+        return [*turns, Message("user", request.input)]
+    for item in request.input:
+        role, content = item.get("role"), item.get("content")
+        if isinstance(role, str) and isinstance(content, str | list):
+            turns.append(Message(role, content))
+        else:
+            # Function calls and their results: what stands in them is part of the prompt.
+            turns.append(Message("tool", msgspec.json.encode(item).decode()))
+    return turns
+
+
+class Response:
+    """The response object of one request, in its states."""
+
+    def __init__(self, request: ResponsesRequest, model_id: str, choice: Choice) -> None:
+        self._request = request
+        self._choice = choice
+        self._id = f"resp_{random_id()}"
+        self._model_id = model_id
+        self._created = int(time.time())
+        self.item_id = f"msg_{random_id()}"
+
+    def part(self, text: str) -> dict[str, Any]:
+        """The message's one content part."""
+        return {"annotations": [], "text": text, "type": "output_text", "logprobs": []}
+
+    def item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        """The one output item."""
+        return {
+            "id": self.item_id,
+            "content": content,
+            "role": "assistant",
+            "status": status,
+            "type": "message",
+        }
+
+    def begun(self) -> dict[str, Any]:
+        """Before the first token."""
+        return self._object("in_progress", [], None)
+
+    def ended(self) -> dict[str, Any]:
+        """After the last token."""
+        usage = Usage.of([self._choice.sequence])
+        status = "completed" if self._choice.finish_reason == "stop" else "incomplete"
+        return self._object(
+            status,
+            [self.item("completed", [self.part(self._choice.text)])],
+            {
+                "input_tokens": usage.prompt,
+                "input_tokens_details": {"cached_tokens": usage.cached},
+                "output_tokens": usage.completion,
+                "output_tokens_details": {"reasoning_tokens": 0, "tool_output_tokens": 0},
+                "total_tokens": usage.prompt + usage.completion,
+            },
+        )
+
+    def _object(
+        self, status: str, output: list[dict[str, Any]], usage: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        request = self._request
+        return {
+            "id": self._id,
+            "created_at": self._created,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": request.instructions,
+            "metadata": request.metadata,
+            "model": self._model_id,
+            "object": "response",
+            "output": output,
+            "parallel_tool_calls": True,
+            "temperature": 1.0 if request.temperature is None else request.temperature,
+            "tool_choice": "auto",
+            "tools": [],
+            "top_p": 1.0 if request.top_p is None else request.top_p,
+            "background": False,
+            "max_output_tokens": self._choice.sequence.output_tokens,
+            "previous_response_id": None,
+            "reasoning": None,
+            "service_tier": "auto",
+            "status": status,
+            "text": request.text,
+            "truncation": "disabled",
+            "usage": usage,
+            "user": None,
+        }
+
+
+async def responses(engine: Engine, exchange: Exchange) -> None:
+    """POST /v1/responses."""
+    request = parse(ResponsesRequest, await exchange.body())
+    engine.check_model(request)
+    if request.previous_response_id:
+        message = f"Response with id '{request.previous_response_id}' not found."
+        raise RefusalError(404, message, kind="invalid_request_error", param="response_id")
+    wanted = Wanted(
+        max_tokens=request.max_output_tokens,
+        text=plan.structured_text((request.text or {}).get("format")),
+        cache_salt=request.cache_salt,
+    )
+    prompt = plan.render_chat(conversation(request))
+    (choice,) = plan.plan(prompt, wanted, engine.config, engine.max_model_len)
+    engine.metrics.record_request(1, choice.sequence.output_tokens)
+    response = Response(request, engine.model_id, choice)
+    async with engine.running([choice.sequence], exchange) as ticket:
+        if not request.stream:
+            await ticket.finished()
+            await exchange.json(response.ended())
+            return
+        await exchange.start_stream()
+        events = Events(response, choice)
+        await exchange.write(events.begun())
+        written = 0
+        while written < len(choice.pieces):
+            await ticket.progress()
+            produced = choice.sequence.produced
+            opening = events.item_added() if written == 0 < produced else b""
+            if body := b"".join(events.delta(i) for i in range(written, produced)):
+                await exchange.write(opening + body)
+            written = produced
+    await exchange.write(events.ended(), more=False)
+
+
+class Events:
+    """The numbered events of one streamed response."""
+
+    def __init__(self, response: Response, choice: Choice) -> None:
+        self._response = response
+        self._choice = choice
+        self._number = 0
+        self._place: dict[str, Any] = {"item_id": response.item_id, "output_index": 0, "content_index": 0}
+        head = {"content_index": 0, "delta": "", "item_id": response.item_id, "logprobs": []}
+        encoded = msgspec.json.encode({**head, "output_index": 0, "type": "response.output_text.delta"})
+        before, after = encoded.split(b'"delta":""', 1)
+        self._head = b"event: response.output_text.delta\ndata: " + before + b'"delta":"'
+        self._tail = b'"' + after[:-1] + b',"sequence_number":%d}\n\n'
+
+    def begun(self) -> bytes:
+        """Before the first token."""
+        begun = self._response.begun()
+        return self._event("response.created", response=begun) + self._event(
+            "response.in_progress", response=begun
+        )
+
+    def item_added(self) -> bytes:
+        """With the first token, before it."""
+        item = self._response.item("in_progress", [])
+        return self._event("response.output_item.added", output_index=0, item=item) + self._event(
+            "response.content_part.added", **self._place, part=self._response.part("")
+        )
+
+    def delta(self, i: int) -> bytes:
+        """A token."""
+        number = self._number
+        self._number += 1
+        return self._head + self._choice.escaped[i] + self._tail % number
+
+    def ended(self) -> bytes:
+        """After the last token."""
+        text = self._choice.text
+        part = self._response.part(text)
+        item = self._response.item("completed", [part])
+        return (
+            self._event("response.output_text.done", **self._place, text=text, logprobs=[])
+            + self._event("response.content_part.done", **self._place, part=part)
+            + self._event("response.output_item.done", output_index=0, item=item)
+            + self._event("response.completed", response=self._response.ended())
+        )
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        event = {"type": kind, "sequence_number": self._number, **fields}
+        self._number += 1
+        return f"event: {kind}\ndata: ".encode() + msgspec.json.encode(event) + b"\n\n"

@@ -1,0 +1,125 @@
+"""vLLM in this process: AsyncLLM, and vLLM's own OpenAI app on top of it.
+
+Built on vLLM directly and not on Ray Serve LLM's `LLMServer`. What that adds (Ray's own router, LoRA
+multiplexing, chat methods behind deployment handles) is what Galerne replaces by relaying to vLLM's app; what it
+costs was measured here: a second vLLM import in a Ray task before every engine start, pandas and pyarrow as
+dependencies, and a telemetry actor. What it does well is kept: placement-group bundles per worker, with vLLM's
+Ray executor where an engine has several GPU workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from serving.config import ModelConfig
+from serving.engine import presets
+from serving.engine.private_server import App
+from serving.errors import EngineError
+
+GIB = 1024**3
+
+
+class VllmEngine:
+    """One engine: `start` returns its app; `check_health` raises when its core has died."""
+
+    def __init__(self, model: ModelConfig, weights: Path, *, gpu: bool) -> None:
+        self._model = model
+        self._weights = weights
+        self._gpu = gpu
+        self._client: Any = None
+        self._app: Any = None
+
+    async def start(self) -> App:
+        """Load the model and build its app; raises EngineError with what is wrong."""
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args = self._arguments()
+        try:
+            config = args.engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+            self._client = AsyncLLM.from_vllm_config(
+                vllm_config=config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=False,
+                disable_log_stats=False,
+            )
+            await self._client.reset_mm_cache()
+            tasks = await self._client.get_supported_tasks()
+        except Exception as error:
+            # vLLM's validation errors do not survive pickling towards Ray's controller.
+            raise EngineError(f"vLLM cannot start model {self._model.id!r}: {error}") from None
+        app = build_app(args.namespace, tasks, config.model_config)
+        await init_app_state(self._client, app.state, args.namespace, tasks)
+        self._app = app
+        return app
+
+    def attach(self, server: Any) -> None:
+        """Tell vLLM's app its HTTP server, which it stops when its core has died."""
+        self._app.state.server = server
+
+    async def check_health(self) -> None:
+        """Raise EngineError when the engine core or a worker has died."""
+        if self._client is None or self._client.errored:
+            raise EngineError(f"the engine core of model {self._model.id!r} has died")
+
+    async def shutdown(self) -> None:
+        """End the core and its workers."""
+        if self._client is not None:
+            self._client.shutdown(timeout=0)
+
+    def _arguments(self) -> _Arguments:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+        engine_fields = {f.name for f in dataclasses.fields(AsyncEngineArgs)}
+        frontend_fields = {f.name for f in dataclasses.fields(FrontendArgs)}
+        values = engine_arguments(self._model, self._weights, gpu=self._gpu)
+        if unknown := sorted(values.keys() - engine_fields - frontend_fields):
+            raise EngineError(f"model {self._model.id!r}: vLLM has no argument {_suggest(unknown[0], engine_fields)}")
+        engine = AsyncEngineArgs(**{k: v for k, v in values.items() if k in engine_fields})
+        frontend = FrontendArgs(**{k: v for k, v in values.items() if k in frontend_fields})
+        return _Arguments(engine, argparse.Namespace(**(vars(frontend) | vars(engine))))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    engine: Any
+    namespace: argparse.Namespace
+
+
+def engine_arguments(model: ModelConfig, weights: Path, *, gpu: bool) -> dict[str, Any]:
+    """vLLM arguments of a model: what is safe, the preset, the operator's own, what Galerne decides; last wins."""
+    preset = presets.by_name(model.preset) if model.preset else presets.preset_for(model.source)
+    safe: dict[str, Any] = {
+        "disable_fastapi_docs": True,
+        "enable_log_requests": False,
+        "disable_uvicorn_access_log": True,
+        "enable_request_id_headers": False,
+        "enable_prompt_tokens_details": True,  # cached tokens in `usage`
+    }
+    if model.task == "embed":
+        safe["runner"] = "pooling"
+    if not gpu:
+        safe["kv_cache_memory_bytes"] = int(model.resources.cpu_kv_cache_gib * GIB)
+    decided: dict[str, Any] = {
+        "model": str(weights),
+        "served_model_name": [model.id],
+        "tensor_parallel_size": model.parallel.tensor,
+        "pipeline_parallel_size": model.parallel.pipeline,
+    }
+    if model.parallel.workers > 1:
+        # On GPUs each worker is a Ray actor in its own bundle of the replica's placement group, on whichever
+        # node it lies; vLLM's CPU platform needs the process executor to bind its threads.
+        decided["distributed_executor_backend"] = "ray" if gpu else "mp"
+    return safe | (presets.engine_args(preset) if preset else {}) | model.engine | decided
+
+
+def _suggest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{name!r}" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -1,0 +1,1 @@
+"""Every metric Galerne itself exports, in one table."""

@@ -1,0 +1,1 @@
+"""Which replica answers: the live replica set and the policies that choose from it."""

@@ -1,0 +1,118 @@
+"""Where to measure: URLs, process groups, the ready file, and requests that differ in their number alone."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from loadtest.errors import LoadtestError
+from loadtest.processes import ProcessGroups, parse_groups, this_machine
+from loadtest.request import Target, chat_templates, filler, target_at
+from loadtest.targets import subjects_of
+
+READY = {
+    "url": "http://127.0.0.1:8000",
+    "engine_token": "t",
+    "pids": {"gateway": [11], "engine": [12, 13], "haproxy": [14], "other": []},
+    "engines": {
+        "paced": [{"host": "127.0.0.1", "port": 9001}],
+        "saturated": [{"host": "127.0.0.1", "port": 9002}],
+    },
+}
+
+
+def test_a_ready_file_gives_one_subject_a_model_with_the_same_gateway() -> None:
+    paced, saturated = subjects_of(READY, "k")
+    assert (paced.model, paced.direct) == ("paced", Target("direct", "127.0.0.1", 9001, engine_token="t"))
+    assert saturated.direct.port == 9002
+    assert paced.gateway == saturated.gateway == Target("gateway", "127.0.0.1", 8000, "k")
+    assert paced.groups == {"gateway": ("11",), "engine": ("12", "13"), "haproxy": ("14",)}
+
+
+def test_a_model_with_several_replicas_is_refused() -> None:
+    twice = {**READY, "engines": {"m": [{"host": "h", "port": 1}, {"host": "h", "port": 2}]}}
+    with pytest.raises(LoadtestError, match="2 replicas"):
+        subjects_of(twice, "k")
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [("http://h:1", "h", 1), ("http://h:1/", "h", 1), ("http://h:1/v1", "h", 1), ("http://h", "h", 80)],
+)
+def test_a_url_is_a_target(url: str, host: str, port: int) -> None:
+    target = target_at("t", url, key="k")
+    assert (target.host, target.port) == (host, port)
+
+
+@pytest.mark.parametrize("url", ["https://h:1", "h:1", "http://", "http://h/other", ""])
+def test_what_is_no_plain_http_url_is_refused(url: str) -> None:
+    with pytest.raises(LoadtestError, match="is no target"):
+        target_at("t", url)
+
+
+def test_a_key_is_not_shown() -> None:
+    assert "hush" not in repr(target_at("t", "http://h:1", key="hush", engine_token="hush"))
+
+
+def test_the_engine_token_goes_to_the_engine_alone() -> None:
+    paced, _ = subjects_of(READY, "k")
+    for target, held, lacking in (
+        (paced.direct, b"X-Galerne-Engine-Token: t\r\n", b"Bearer"),
+        (paced.gateway, b"Bearer k\r\n", b"Token"),
+    ):
+        (template,) = chat_templates(target, model="m", prompts=("x",), output_tokens=8, extra={})
+        assert held in template.head
+        assert lacking not in template.head
+
+
+def test_requests_differ_in_their_number_alone() -> None:
+    (template,) = chat_templates(
+        Target("t", "h", 1), model="m", prompts=(filler(1024),), output_tokens=8, extra={"ignore_eos": True}
+    )
+    one, two = template.numbered(1), template.numbered(99_999_999_999)
+    assert len(one) == len(two)
+    head, _, body = one.partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(body)}\r\n".encode() in head + b"\r\n"
+    assert b"Authorization" not in head
+    prompt = json.loads(body)["messages"][0]["content"]
+    assert len(prompt) == 1024
+    assert prompt.startswith("000000000001 ")
+    with pytest.raises(LoadtestError, match="does not fit"):
+        template.numbered(10**12)
+
+
+def test_groups_are_read_from_the_command_line() -> None:
+    assert parse_groups("") == {}
+    assert parse_groups("engine=1+2,gateway=3,haproxy=haproxy") == {
+        "engine": ("1", "2"),
+        "gateway": ("3",),
+        "haproxy": ("haproxy",),
+    }
+    with pytest.raises(LoadtestError, match="no process group"):
+        parse_groups("engine")
+
+
+def test_a_reading_holds_groups_client_and_machine() -> None:
+    groups = ProcessGroups({"engine": (str(os.getpid()),)})
+    before = groups.read()
+    sum(range(2_000_000))
+    after = groups.read()
+    assert set(after.cpu_s) == {"engine", "client", "machine"}
+    assert set(after.rss_bytes) == {"engine", "client"}
+    assert after.rss_bytes["client"] > 2**20
+    assert all(after.cpu_s[name] >= before.cpu_s[name] for name in after.cpu_s)
+
+
+@pytest.mark.parametrize("member", ["4194304", "no-such-process-name"])
+def test_a_process_that_does_not_run_is_refused(member: str) -> None:
+    with pytest.raises(LoadtestError, match="no process"):
+        ProcessGroups({"engine": (member,)})
+
+
+def test_the_machine_is_described() -> None:
+    machine = this_machine()
+    assert machine.cores >= 1
+    assert machine.cpu_model
+    assert machine.python.startswith("3.")
