@@ -148,9 +148,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self.fail(
-            FailureKind.BROKEN_STREAM, f"the connection closed before the response's end ({exc or 'EOF'})"
-        )
+        self.fail(FailureKind.BROKEN_STREAM, f"the connection closed before the response's end ({exc or 'EOF'})")
         if not self.closed.done():
             self.closed.set_result(None)
 

@@ -62,9 +62,7 @@ def numbers(text: str) -> tuple[int, ...]:
     return values
 
 
-def parser(
-    description: str, *, streams: str, run_s: float, timeout_s: float, out: str
-) -> argparse.ArgumentParser:
+def parser(description: str, *, streams: str, run_s: float, timeout_s: float, out: str) -> argparse.ArgumentParser:
     """The options every benchmark has."""
     built = argparse.ArgumentParser(description=description)
     targets = built.add_argument_group("targets (either --start or the URLs)")
@@ -86,7 +84,8 @@ def parser(
         "--pids",
         default="",
         metavar="GROUPS",
-        help="processes to account, e.g. engine=12+13,gateway=14,haproxy=haproxy (pids or a process name)",
+        help="processes to account, e.g. engine=12+13,gateway=14,haproxy=haproxy: pids, PID/NAME for descendants "
+        "of this name, or a process name",
     )
     built.add_argument("--streams", type=numbers, default=numbers(streams), help=f"default {streams}")
     built.add_argument("--output-tokens", type=int, default=DEFAULT_OUTPUT_TOKENS)

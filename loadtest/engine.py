@@ -41,8 +41,7 @@ _NAME = "engine"
 def loads_of(streams: Sequence[int]) -> tuple[Load, ...]:
     """The cells: the built-in prompts with every count of streams."""
     return tuple(
-        Load(name=f"c{count}", streams=count, prompts=PROMPTS, shown={"prompts": len(PROMPTS)})
-        for count in streams
+        Load(name=f"c{count}", streams=count, prompts=PROMPTS, shown={"prompts": len(PROMPTS)}) for count in streams
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,8 @@ from loadtest.request import RequestTemplate, Target
 
 # Between runs, so that the last one's closing connections are not the next one's load.
 SETTLE_S = 0.3
-# Requests each stream makes at least, however long one takes; enough that all streams overlap for a while.
-LEAST_REQUESTS_PER_STREAM = 4
-WARM_UP_REQUESTS_PER_STREAM = 2
+# Requests each stream makes at least while all are at work, however long one takes.
+LEAST_REQUESTS_PER_STREAM = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,8 @@ async def run_cell(
     Raises LoadtestError when a request failed or a process ended.
     """
     # The warm-up opens what is lazily opened on both ways, and tells how many requests fill a run.
-    warm = await _run(spec, direct, processes, numbers, per_stream=WARM_UP_REQUESTS_PER_STREAM, spread_s=0.0)
-    await _run(spec, gateway, processes, numbers, per_stream=WARM_UP_REQUESTS_PER_STREAM, spread_s=0.0)
+    warm = await _run(spec, direct, processes, numbers, per_stream=LEAST_REQUESTS_PER_STREAM, spread_s=0.0)
+    await _run(spec, gateway, processes, numbers, per_stream=LEAST_REQUESTS_PER_STREAM, spread_s=0.0)
     per_stream = max(LEAST_REQUESTS_PER_STREAM, math.ceil(spec.run_s / warm.e2e_p50_s))
     pairs = []
     for repeat in range(spec.repeats):
@@ -102,6 +102,8 @@ async def _run(
     gc.disable()
     try:
         before = processes.read()
+        # Not from the reading: the readings' own work is not the client's.
+        cpu_before_s = time.process_time()
         streams = await closed_loop(
             clients,
             side.templates,
@@ -110,6 +112,7 @@ async def _run(
             spread_s=spread_s,
             timeout_s=spec.request_timeout_s,
         )
+        client_cpu_s = time.process_time() - cpu_before_s
         after = processes.read()
     finally:
         gc.enable()
@@ -118,6 +121,7 @@ async def _run(
         return measure(
             streams,
             reconnects=sum(client.connects - 1 for client in clients),
+            client_cpu_s=client_cpu_s,
             before=before,
             after=after,
         )
@@ -134,21 +138,25 @@ async def closed_loop(
     spread_s: float,
     timeout_s: float,
 ) -> list[list[RequestResult]]:
-    """Make `per_stream` requests on each client, one at a time, the templates in turn; results by client.
+    """Requests on each client, one at a time; results by client.
 
-    The clients' first requests are spread evenly over `spread_s`. The first failure anywhere keeps every
+    The clients' first requests are spread evenly over `spread_s`. A client repeats its first prompt until the
+    last client has started, then makes `per_stream` requests with the templates in turn: from there on all
+    are at work, with the same prompts whatever the target's speed. The first failure anywhere keeps every
     client from its next request; what is in flight ends.
     """
     failed = False
+    started = 0
 
     async def stream(index: int, client: StreamClient) -> list[RequestResult]:
-        nonlocal failed
+        nonlocal failed, started
         results: list[RequestResult] = []
         await asyncio.sleep(spread_s * index / len(clients))
-        for turn in range(per_stream):
-            if failed:
-                break
+        started += 1
+        turn = 0
+        while turn < per_stream and not failed:
             template = templates[(index + turn) % len(templates)]
+            turn += started == len(clients)
             results.append(await client.request(template.numbered(next(numbers)), timeout_s=timeout_s))
             failed = failed or results[-1].failure is not None
         return results

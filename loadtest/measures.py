@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from loadtest.client import RequestResult
 from loadtest.errors import LoadtestError
-from loadtest.processes import CLIENT, MACHINE, Usage
+from loadtest.processes import MACHINE, Usage
 from loadtest.stats import Spread, pairwise, quantiles, spread
 
 # Beyond it the client's own event loop delays the stamps it takes.
 CLIENT_SATURATED_SHARE = 0.90
 # Beyond it the machine, not the target's latency, decides throughput.
 MACHINE_SATURATED_SHARE = 0.95
+
+# This process, among the groups.
+CLIENT = "client"
 
 _NS = 1e9
 _P50 = 0.50
@@ -41,7 +44,9 @@ class Run:
     steady_s: float
     requests: int
     tokens: int
-    prompt_tokens: int
+    # Least and greatest of one request: the same for both targets, or they did not do the same work.
+    output_tokens_range: tuple[int, int]
+    prompt_tokens_range: tuple[int, int]
     tok_s: float
     ttft_p50_s: float
     ttft_p99_s: float
@@ -70,7 +75,7 @@ class Cell:
 
     name: str
     load: Mapping[str, Any]
-    requests_per_run: int
+    requests_per_run: Spread
     direct: Mapping[str, Spread]
     gateway: Mapping[str, Spread]
     compared: Mapping[str, Spread]
@@ -90,7 +95,7 @@ def failures(results: Sequence[RequestResult]) -> dict[str, int]:
 
 
 def measure(
-    streams: Sequence[Sequence[RequestResult]], *, reconnects: int, before: Usage, after: Usage
+    streams: Sequence[Sequence[RequestResult]], *, reconnects: int, client_cpu_s: float, before: Usage, after: Usage
 ) -> Run:
     """The figures of one run, from the results of each stream in order.
 
@@ -125,7 +130,8 @@ def measure(
         steady_s=steady_s,
         requests=len(results),
         tokens=sum(result.tokens for result in results),
-        prompt_tokens=sum(result.prompt_tokens or 0 for result in results),
+        output_tokens_range=_range(result.tokens for result in results),
+        prompt_tokens_range=_range(result.prompt_tokens or 0 for result in results),
         tok_s=sum(_tokens_between(result, start_ns, end_ns) for result in results) / steady_s,
         ttft_p50_s=ttft_p50_s,
         ttft_p99_s=ttft_p99_s,
@@ -133,9 +139,14 @@ def measure(
         itl_p99_s=itl_p99_s,
         e2e_p50_s=quantiles(e2e_s, _P50)[0],
         reconnects=reconnects,
-        cpu_s={name: after.cpu_s[name] - before.cpu_s[name] for name in after.cpu_s},
+        cpu_s={CLIENT: client_cpu_s, **{name: after.cpu_s[name] - before.cpu_s[name] for name in after.cpu_s}},
         rss_bytes=dict(after.rss_bytes),
     )
+
+
+def _range(counts: Iterable[int]) -> tuple[int, int]:
+    held = list(counts)
+    return min(held), max(held)
 
 
 def _tokens_between(result: RequestResult, start_ns: int, end_ns: int) -> float:
@@ -153,7 +164,7 @@ def compare(name: str, load: Mapping[str, Any], pairs: Sequence[Pair], *, cores:
     return Cell(
         name=name,
         load=load,
-        requests_per_run=direct[0].requests,
+        requests_per_run=spread(run.requests for run in (*direct, *gateway)),
         direct=_target_figures(direct, cores),
         gateway=_target_figures(gateway, cores),
         compared=_compared(direct, gateway),
@@ -179,13 +190,10 @@ def _target_figures(runs: Sequence[Run], cores: int) -> dict[str, Spread]:
     }
     for group in runs[0].cpu_s:
         if group != MACHINE:
-            figures[f"{group}_cpu_s_per_1k_tokens"] = spread(
-                1e3 * run.cpu_s[group] / run.tokens for run in runs
-            )
-            figures[f"{group}_cpu_ms_per_request"] = spread(
-                1e3 * run.cpu_s[group] / run.requests for run in runs
-            )
-            figures[f"{group}_rss_mib"] = spread(run.rss_bytes[group] / 2**20 for run in runs)
+            figures[f"{group}_cpu_s_per_1k_tokens"] = spread(1e3 * run.cpu_s[group] / run.tokens for run in runs)
+            figures[f"{group}_cpu_ms_per_request"] = spread(1e3 * run.cpu_s[group] / run.requests for run in runs)
+    for group in runs[0].rss_bytes:
+        figures[f"{group}_rss_mib"] = spread(run.rss_bytes[group] / 2**20 for run in runs)
     return figures
 
 
@@ -211,12 +219,10 @@ def _invalid(direct: Sequence[Run], gateway: Sequence[Run]) -> list[str]:
     reasons = []
     busiest = max(_client_share(run) for run in (*direct, *gateway))
     if busiest > CLIENT_SATURATED_SHARE:
-        reasons.append(
-            f"the client used {busiest:.0%} of a core: it, not the target, may be what was measured"
-        )
-    if any(a.tokens != b.tokens for a, b in zip(direct, gateway, strict=True)):
+        reasons.append(f"the client used {busiest:.0%} of a core: it, not the target, may be what was measured")
+    if any(a.output_tokens_range != b.output_tokens_range for a, b in zip(direct, gateway, strict=True)):
         reasons.append("the targets gave different counts of output tokens for the same requests")
-    if any(a.prompt_tokens != b.prompt_tokens for a, b in zip(direct, gateway, strict=True)):
+    if any(a.prompt_tokens_range != b.prompt_tokens_range for a, b in zip(direct, gateway, strict=True)):
         reasons.append("the targets counted different prompt tokens for the same requests")
     return reasons
 

@@ -125,9 +125,7 @@ def main() -> int:
         with ExitStack() as started:
             subjects = tuple(_subjects(args, started))
             cells = [
-                cell
-                for subject in subjects
-                for cell in await measure_loads(subject, loads, args, machine, console)
+                cell for subject in subjects for cell in await measure_loads(subject, loads, args, machine, console)
             ]
         for subject in subjects:
             own = [cell for cell in cells if cell.load["engine"] == subject.label]

@@ -1,4 +1,4 @@
-"""What processes cost: CPU seconds and resident memory of named groups, and of this client itself.
+"""What processes cost: CPU seconds and resident memory of named groups, and the whole machine's CPU seconds.
 
 Linux accounts CPU time in ticks of 10 ms; a run of some seconds is told to better than a percent.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import psutil
 
 from loadtest.errors import LoadtestError
 
-CLIENT = "client"
 # All processors of the machine, whoever used them.
 MACHINE = "machine"
 
@@ -51,9 +51,10 @@ def this_machine() -> Machine:
 
 
 def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
-    """`engine=12+13,gateway=14,haproxy=haproxy` as groups of members, each a pid or a process name.
+    """`engine=12+13,gateway=14,haproxy=15/haproxy` as groups of members.
 
-    Raises LoadtestError for a group that is not NAME=MEMBER[+MEMBER…].
+    A member is a pid (with its descendants), PID/NAME (its descendants of this process name), or NAME (all
+    processes of this name on the machine). Raises LoadtestError for what is not GROUP=MEMBER[+MEMBER…].
     """
     groups: dict[str, tuple[str, ...]] = {}
     for part in filter(None, text.split(",")):
@@ -61,59 +62,63 @@ def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
         held = tuple(filter(None, members.split("+")))
         if not name or not held:
             raise LoadtestError(
-                f"{part!r} is no process group; write NAME=PID or NAME=PID+PID or NAME=PROCESS-NAME"
+                f"{part!r} is no process group; write GROUP=PID, GROUP=PID+PID, GROUP=PID/NAME or GROUP=NAME"
             )
         groups[name] = held
     return groups
 
 
 class ProcessGroups:
-    """Reads named groups of processes, each with the children it had at the start, and this process."""
+    """Reads named groups of processes. Members come and go (a proxy that reloads is a new process): each
+    reading looks for them anew, and what an ended one used before stays counted."""
 
     def __init__(self, groups: Mapping[str, tuple[str, ...]]) -> None:
-        """Find every process. Raises LoadtestError for a pid or a name that does not run."""
-        self._groups = {name: _with_children(name, members) for name, members in groups.items()}
-        self._groups[CLIENT] = [psutil.Process()]
+        """Find every process. Raises LoadtestError for a member that does not run."""
+        self._groups = groups
+        self._used_s: dict[str, dict[psutil.Process, float]] = {name: {} for name in groups}
+        self.read()
 
     def read(self) -> Usage:
-        """A reading now. Raises LoadtestError when a process of a group has ended."""
+        """A reading now. Raises LoadtestError when nothing is left of a member."""
         cpu_s: dict[str, float] = {MACHINE: _machine_busy_s()}
         rss_bytes: dict[str, int] = {}
-        for name, processes in self._groups.items():
-            try:
-                times = [process.cpu_times() for process in processes]
-                rss_bytes[name] = sum(process.memory_info().rss for process in processes)
-            except psutil.NoSuchProcess as gone:
-                raise LoadtestError(
-                    f"process {gone.pid} of group {name!r} ended during the benchmark"
-                ) from gone
-            cpu_s[name] = sum(t.user + t.system for t in times)
+        for group, members in self._groups.items():
+            used_s = self._used_s[group]
+            rss_bytes[group] = 0
+            for process in {found for member in members for found in _processes(group, member)}:
+                with suppress(psutil.NoSuchProcess):
+                    times = process.cpu_times()
+                    used_s[process] = times.user + times.system
+                    rss_bytes[group] += process.memory_info().rss
+            cpu_s[group] = sum(used_s.values())
         return Usage(cpu_s=cpu_s, rss_bytes=rss_bytes)
 
 
-def _with_children(group: str, members: tuple[str, ...]) -> list[psutil.Process]:
-    found: dict[int, psutil.Process] = {}
-    for member in members:
-        roots = _named(member) if not member.isdigit() else _by_pid(int(member))
-        if not roots:
-            raise LoadtestError(
-                f"no process {member!r} for group {group!r}; give the pid or name of one that runs"
-            )
-        for root in roots:
-            found[root.pid] = root
-            found.update({child.pid: child for child in root.children(recursive=True)})
-    return list(found.values())
+def _processes(group: str, member: str) -> list[psutil.Process]:
+    """The processes that a member stands for: see `parse_groups`."""
+    root, _, name = member.partition("/")
+    if not root.isdigit():
+        found = _named(psutil.process_iter(), member)
+    else:
+        try:
+            parent = psutil.Process(int(root))
+            children = parent.children(recursive=True)
+        except psutil.NoSuchProcess:
+            found = []
+        else:
+            found = _named(children, name) if name else [parent, *children]
+    if not found:
+        raise LoadtestError(f"no process {member!r} of group {group!r} runs (any more); see --pids")
+    return found
 
 
-def _by_pid(pid: int) -> list[psutil.Process]:
-    try:
-        return [psutil.Process(pid)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _named(name: str) -> list[psutil.Process]:
-    return [process for process in psutil.process_iter(["name"]) if process.info["name"] == name]
+def _named(processes: Iterable[psutil.Process], name: str) -> list[psutil.Process]:
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == name:
+                found.append(process)
+    return found
 
 
 def _machine_busy_s() -> float:

@@ -46,9 +46,7 @@ def target_at(name: str, url: str, *, key: str | None = None, engine_token: str 
     """
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname or parts.path.rstrip("/") not in {"", "/v1"}:
-        raise LoadtestError(
-            f"{url!r} is no target; give http://HOST:PORT, without TLS (it would be measured too)"
-        )
+        raise LoadtestError(f"{url!r} is no target; give http://HOST:PORT, without TLS (it would be measured too)")
     return Target(name=name, host=parts.hostname, port=parts.port or 80, key=key, engine_token=engine_token)
 
 

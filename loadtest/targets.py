@@ -100,15 +100,13 @@ def subjects_of(ready: Mapping[str, Any], key: str) -> tuple[Subject, ...]:
     """
     gateway = target_at("gateway", ready["url"], key=key)
     groups = {name: tuple(map(str, pids)) for name, pids in ready["pids"].items() if pids}
+    # The proxy reloads when replicas come: its process of this moment may not last.
+    groups["haproxy"] = (f"{ready['pid']}/haproxy",)
     subjects = []
     for model, replicas in ready["engines"].items():
         if len(replicas) != 1:
-            raise LoadtestError(
-                f"model {model!r} has {len(replicas)} replicas; the comparison needs exactly one"
-            )
-        direct = Target(
-            "direct", replicas[0]["host"], replicas[0]["port"], engine_token=ready["engine_token"]
-        )
+            raise LoadtestError(f"model {model!r} has {len(replicas)} replicas; the comparison needs exactly one")
+        direct = Target("direct", replicas[0]["host"], replicas[0]["port"], engine_token=ready["engine_token"])
         subjects.append(Subject(label=model, model=model, direct=direct, gateway=gateway, groups=groups))
     return tuple(subjects)
 

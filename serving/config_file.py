@@ -1,12 +1,13 @@
 """Reads the configuration file, and says of every mistake where it is and what is allowed instead.
 
-Promises: a file that cannot be used is a ConfigError with one line for each problem, `demo.yaml:12:
-models[0].engin: unknown field; did you mean 'engine'? allowed: …`; values are never repeated in them,
-because a secret may stand in the wrong place; a hostile or broken file costs bounded time and memory.
+Promises: a file that cannot be used is a ConfigError with one line for each problem, such as
+`demo.yaml:12: models[0].engin: unknown field; did you mean 'engine'? allowed: …`. Values are not repeated in
+them, model names aside, because a secret may stand in the wrong place. A hostile or broken file costs bounded
+time and memory.
 
-YAML 1.1 as PyYAML's safe loader reads it, but: a key stands once in a mapping, keys are strings, and
-anchors and aliases expand within bounds, and there is no merge key (`<<`). Environment variables are not
-interpolated.
+YAML 1.1 as PyYAML's safe loader reads it (libyaml's, ten times the speed), but: a key stands once in a
+mapping, keys are strings, anchors and aliases expand within bounds, and there is no merge key (`<<`).
+Environment variables are not interpolated.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ _YAML_HINTS: Final = {
     "cannot start any token": "a character that YAML reserves; quote the value, indent with spaces",
     "mapping values are not allowed": "a ':' where no key can stand; check the indentation or quote it",
     "could not find expected ':'": "a key without ':', or wrong indentation",
-    "expected <block end>": "wrong indentation",
+    "did not find expected key": "a key without ':', or wrong indentation",
+    "did not find expected '-' indicator": "wrong indentation",
     "expected a single document": "a second document; one file holds one configuration",
     "undefined alias": "an alias ('*name') without its anchor ('&name') above it",
 }
@@ -133,13 +135,13 @@ def _compose(text: str, name: str) -> yaml.Node | None:
     try:
         # Bounds first, on the flat stream of events: composing recurses.
         depth = 0
-        for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        for count, event in enumerate(yaml.parse(text, Loader=yaml.CSafeLoader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH or count > 2 * MAX_VALUES:
-                line = event.start_mark.line + 1
+                line = 1 if event.start_mark is None else event.start_mark.line + 1
                 limit = f"{MAX_DEPTH} levels" if depth > MAX_DEPTH else f"{MAX_VALUES} values"
                 raise ConfigError((f"{name}:{line}: the file holds more than {limit}",))
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=yaml.CSafeLoader)
     except yaml.MarkedYAMLError as error:
         raise ConfigError((f"{name}{_yaml_mark(error)}: {_yaml_sentence(error, text)}",)) from None
 

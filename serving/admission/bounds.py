@@ -142,9 +142,7 @@ def _check_utf8(body: bytes) -> None:
     try:
         body.decode()
     except UnicodeDecodeError as error:
-        raise BadRequest(
-            f"The request body is not valid UTF-8 (byte {error.start}).", code="invalid_json"
-        ) from None
+        raise BadRequest(f"The request body is not valid UTF-8 (byte {error.start}).", code="invalid_json") from None
 
 
 def _common(found: shapes.AnyBody) -> str:

@@ -49,9 +49,7 @@ def decode(decoder: msgspec.json.Decoder[T], text: bytes | msgspec.Raw, at: str 
 
 
 def missing(param: str) -> BadRequest:
-    return BadRequest(
-        f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param
-    )
+    return BadRequest(f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)
 
 
 def unsupported(param: str, reason: str) -> BadRequest:
@@ -92,9 +90,7 @@ def _wrong_type(message: str, at: str) -> BadRequest:
         words = " or ".join(_TYPES.get(t, t) for t in expected)
         got = _TYPES.get(match.group(2), match.group(2))
         if not param:
-            return BadRequest(
-                f"The request body must be a JSON object, but it is {got}.", code="invalid_type"
-            )
+            return BadRequest(f"The request body must be a JSON object, but it is {got}.", code="invalid_type")
         return BadRequest(
             f"Invalid type for '{param}': expected {words}, but got {got} instead.",
             code="invalid_type",

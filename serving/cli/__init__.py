@@ -84,7 +84,7 @@ def serve(
         loaded = lifecycle.fake_models(loaded)
     plan = lifecycle.Plan(
         loaded,
-        state.state_dir(loaded.listen.port, os.environ),
+        state.state_dir(loaded.listen.port),
         ready_file.absolute() if ready_file else None,
         DEMO_KEY if loaded.demo_keys else None,
     )
@@ -102,7 +102,7 @@ def status(
 
     from serving.cli import overview as view
 
-    directory = state.state_dir(port, os.environ)
+    directory = state.state_dir(port)
     document = state.read(directory)
     if as_json:
         print(json.dumps({"url": document["url"], "replicas": [asdict(r) for r in view.rows(document)]}))

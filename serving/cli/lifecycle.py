@@ -12,9 +12,10 @@ import contextlib
 import os
 import secrets
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from rich.console import Console
 from serving.cli import state
 from serving.cli.prepare import prepare_models
 from serving.cluster import processes
-from serving.cluster.environment import ONE_MACHINE, METRICS_PORT_HAPROXY, environment
+from serving.cluster.environment import HAPROXY_DIR, METRICS_PORT_HAPROXY, ONE_MACHINE, environment
 from serving.cluster.names import APP, GATEWAY, deployment_name
 from serving.config import GalerneConfig
 from serving.errors import ClusterError, EngineError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from serving.cluster.ray import DeploymentState, LocalCluster, RunningReplica
 
 APPLICATION = "deployments.app:application"
+LOG_FILE = "ray.log"
 FALLBACK_PORT = 8500
 STOP_WAIT_S = 15.0
 POLL_S = 0.25
@@ -63,7 +65,7 @@ def run(plan: Plan, console: Console) -> int:
         signal.signal(number, lambda *_: stop.set())
     _refuse_taken_ports(plan.config)
     state.make_private(plan.state_dir)
-    (plan.state_dir / "haproxy").mkdir(exist_ok=True)
+    (plan.state_dir / HAPROXY_DIR).mkdir(exist_ok=True)
     if plan.config.demo_keys:
         console.print("[yellow]Warning:[/] the keys of this configuration are public. Loopback only; for demos.")
     prepare_models(plan.config, console)
@@ -78,17 +80,33 @@ def run(plan: Plan, console: Console) -> int:
 
     config = plan.config
     cluster = LocalCluster(host=config.listen.host, port=config.listen.port, cpus=_logical_cpus(config))
+    with _stderr_to(plan.state_dir / LOG_FILE):
+        try:
+            with console.status("starting Ray"):
+                cluster.start()
+            # Ray installs handlers of its own when it starts.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stop.set())
+            token = secrets.token_urlsafe(32)
+            cluster.deploy(APP, APPLICATION, config, token)
+            return asyncio.run(_Session(plan, cluster, token, metrics_port, console, stop, started_s).run())
+        finally:
+            _take_down(cluster, plan, console)
+
+
+@contextlib.contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """Send what Ray prints on its way up and down to a file; the terminal is for what a user needs."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 2)
     try:
-        with console.status("starting Ray"):
-            cluster.start()
-        # Ray installs handlers of its own when it starts.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        token = secrets.token_urlsafe(32)
-        cluster.deploy(APP, APPLICATION, config, token)
-        return asyncio.run(_Session(plan, cluster, token, metrics_port, console, stop, started_s).run())
+        yield
     finally:
-        _take_down(cluster, plan, console)
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class _Session:

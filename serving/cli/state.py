@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from serving.errors import ClusterError
 
+ROOT = Path("/tmp")  # noqa: S108 - what lies there belongs to this user alone: `make_private`
 STATE_FILE = "cluster.json"
 TARGETS_FILE = "prometheus-targets.json"
 
@@ -80,10 +80,9 @@ class ClusterState:
         return rows
 
 
-def state_dir(port: int, env: Mapping[str, str]) -> Path:
-    """Directory of the cluster listening on `port`; the path is short because sockets lie in it."""
-    root = env.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    return Path(root) / f"galerne-{os.getuid()}" / str(port)
+def state_dir(port: int) -> Path:
+    """Directory of the cluster listening on `port`; a short path, because sockets lie in it."""
+    return ROOT / f"galerne-{os.getuid()}" / str(port)
 
 
 def make_private(directory: Path) -> None:
@@ -91,7 +90,7 @@ def make_private(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     for path in (directory.parent, directory):
         if path.stat().st_uid != os.getuid():
-            raise ClusterError(f"{path} belongs to another user; remove it or set XDG_RUNTIME_DIR")
+            raise ClusterError(f"{path} belongs to another user; have it removed")
         path.chmod(0o700)
 
 

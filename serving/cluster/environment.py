@@ -14,6 +14,8 @@ from serving.cluster.haproxy import EdgeLimits
 from serving.config import GalerneConfig
 
 METRICS_PORT_HAPROXY = 9101
+# Ray puts a directory with a 56-character name below it, and a socket's path ends at 97 characters.
+HAPROXY_DIR = "h"
 HAPROXY_PROGRAM = "galerne-haproxy"
 
 # No process of the cluster reports to anybody.
@@ -37,14 +39,12 @@ ONE_MACHINE = {
     "VLLM_LOOPBACK_IP": "127.0.0.1",
     # No load balancer of another machine has to notice first that the gateway goes.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
-    # What Ray's C++ side says about tasks it drops while it stops is nobody's concern.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 
 def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
     """Variables for the driver and every node; `state_dir` holds HAProxy's files and sockets."""
-    haproxy = state_dir / "haproxy"
+    haproxy = state_dir / HAPROXY_DIR
     drain_s = max((int(model.drain_timeout_s) for model in config.models), default=600)
     limits = EdgeLimits(config.listen.host, config.limits.header_bytes, config.limits.body_bytes)
     return (
@@ -58,7 +58,8 @@ def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name(HAPROXY_PROGRAM)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+            # A log line a request, parsed in Python, for metrics that the gateway has already.
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(METRICS_PORT_HAPROXY),

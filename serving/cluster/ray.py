@@ -145,7 +145,7 @@ class LocalCluster:
                 logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
             )
         except Exception as error:
-            raise ClusterError(f"Ray does not start on this machine: {error}") from error
+            raise ClusterError(f"Ray does not start on this machine: {_reason(str(error))}") from error
 
     def deploy(self, app: str, import_path: str, *args: Any) -> None:
         """Build the application that `module:function` makes of `args` and deploy it; returns at once."""
@@ -171,3 +171,10 @@ class LocalCluster:
             serve.shutdown()
         with contextlib.suppress(Exception):
             ray.shutdown()
+
+
+def _reason(text: str) -> str:
+    """The line of a remote traceback that says what is wrong: HAProxy's own complaint, or the last one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    alerts = [line for line in lines if "[ALERT]" in line]
+    return (alerts[:1] or lines[-1:] or ["no reason given"])[0]

@@ -84,9 +84,7 @@ async def connected(port: int) -> AsyncIterator[StreamClient]:
 
 def raw(port: int, prompts: tuple[str, ...] = ("hello",)) -> bytes:
     target = Target("t", "127.0.0.1", port, key="secret")
-    (template,) = chat_templates(
-        target, model="m", prompts=prompts, output_tokens=TOKENS, extra={"ignore_eos": True}
-    )
+    (template,) = chat_templates(target, model="m", prompts=prompts, output_tokens=TOKENS, extra={"ignore_eos": True})
     return template.numbered(7)
 
 
@@ -247,20 +245,21 @@ def counting() -> Iterator[int]:
     return iter(range(10**6))
 
 
-async def test_the_closed_loop_makes_every_request_once_over_as_many_connections_as_streams() -> None:
+async def test_the_closed_loop_repeats_the_first_prompt_until_all_have_started_and_then_takes_turns() -> None:
     async with serving(whole) as server:
         target = Target("t", "127.0.0.1", server.port)
         templates = chat_templates(target, model="m", prompts=("x", "y"), output_tokens=TOKENS, extra={})
         clients = [StreamClient("127.0.0.1", server.port) for _ in range(3)]
-        streams = await closed_loop(clients, templates, 4, counting(), spread_s=0.01, timeout_s=TIMEOUT_S)
+        streams = await closed_loop(clients, templates, 4, counting(), spread_s=0.0, timeout_s=TIMEOUT_S)
         await asyncio.gather(*(client.close() for client in clients))
         assert server.connections == 3
         prompts = sorted(json.loads(body)["messages"][0]["content"].split() for body in server.bodies)
-    assert [len(stream) for stream in streams] == [4, 4, 4]
+    # The last stream starts when the two others have sent one request each.
+    assert [len(stream) for stream in streams] == [5, 5, 4]
     assert all(result.failure is None for stream in streams for result in stream)
     assert all(a.end_ns <= b.send_ns for stream in streams for a, b in pairwise(stream))
-    assert [number for number, _ in prompts] == [f"{number:012d}" for number in range(12)]
-    assert sorted(text for _, text in prompts) == ["x"] * 6 + ["y"] * 6
+    assert [number for number, _ in prompts] == [f"{number:012d}" for number in range(14)]
+    assert sorted(text for _, text in prompts) == ["x"] * 7 + ["y"] * 7
 
 
 async def test_streams_start_one_after_another() -> None:
@@ -268,12 +267,15 @@ async def test_streams_start_one_after_another() -> None:
         target = Target("t", "127.0.0.1", server.port)
         templates = chat_templates(target, model="m", prompts=("x",), output_tokens=TOKENS, extra={})
         clients = [StreamClient("127.0.0.1", server.port) for _ in range(4)]
-        streams = await closed_loop(clients, templates, 1, counting(), spread_s=0.08, timeout_s=TIMEOUT_S)
+        streams = await closed_loop(clients, templates, 2, counting(), spread_s=0.08, timeout_s=TIMEOUT_S)
         await asyncio.gather(*(client.close() for client in clients))
     starts = [stream[0].send_ns for stream in streams]
     assert starts == sorted(starts)
     # A timer never fires early (uvloop and asyncio may by one millisecond of rounding).
     assert starts[-1] - starts[0] >= 50_000_000
+    # Whoever started before the last one kept working, and did its share after that.
+    assert all(sum(result.end_ns > starts[-1] for result in stream) >= 2 for stream in streams)
+    assert len(streams[-1]) == 2
 
 
 async def test_the_closed_loop_makes_no_further_request_after_a_failure() -> None:

@@ -18,15 +18,11 @@ from loadtest.processes import Machine, Usage
 from loadtest.report import comparison_tables, write_summary
 
 MS = 10**6
-BEFORE = Usage(cpu_s={"client": 1.0, "gateway": 5.0, "machine": 100.0}, rss_bytes={"client": 1, "gateway": 2})
-AFTER = Usage(
-    cpu_s={"client": 1.5, "gateway": 6.0, "machine": 102.0}, rss_bytes={"client": 1, "gateway": 100 * 2**20}
-)
+BEFORE = Usage(cpu_s={"gateway": 5.0, "machine": 100.0}, rss_bytes={"gateway": 2})
+AFTER = Usage(cpu_s={"gateway": 6.0, "machine": 102.0}, rss_bytes={"gateway": 100 * 2**20})
 
 
-def request(
-    send_ms: int, first_ms: int, gaps_ms: tuple[int, ...], failure: Failure | None = None
-) -> RequestResult:
+def request(send_ms: int, first_ms: int, gaps_ms: tuple[int, ...], failure: Failure | None = None) -> RequestResult:
     stamps = [send_ms + first_ms]
     for gap in gaps_ms:
         stamps.append(stamps[-1] + gap)
@@ -44,9 +40,9 @@ def request(
 
 def test_a_run_measures_what_its_requests_say() -> None:
     stream = [request(0, 10, (5, 5)), request(50, 30, (5, 9)), request(1000, 20, (5, 978))]
-    run = measure([stream], reconnects=2, before=BEFORE, after=AFTER)
+    run = measure([stream], reconnects=2, client_cpu_s=0.5, before=BEFORE, after=AFTER)
     assert run.requests == 3
-    assert (run.tokens, run.prompt_tokens) == (9, 30)
+    assert (run.tokens, run.output_tokens_range, run.prompt_tokens_range) == (9, (3, 3), (10, 10))
     assert run.wall_s == run.steady_s == pytest.approx(2.004)
     assert run.tok_s == pytest.approx(9 / 2.004)
     assert (run.ttft_p50_s, run.ttft_p99_s) == (0.020, 0.030)
@@ -61,7 +57,7 @@ def test_speeds_and_latencies_are_of_the_time_when_all_streams_are_at_work() -> 
     # Stream two starts at 500 ms; stream one is done at 1,111 ms.
     first = [request(0, 1, (99, 100)), request(450, 100, (100, 100)), request(1000, 10, (50, 50))]
     second = [request(500, 40, (60, 60)), request(1050, 100, (200, 200))]
-    run = measure([first, second], reconnects=0, before=BEFORE, after=AFTER)
+    run = measure([first, second], reconnects=0, client_cpu_s=0.5, before=BEFORE, after=AFTER)
     assert (run.wall_s, run.steady_s) == pytest.approx((1.551, 0.611))
     # Inside: 3 + 3 of stream one, 3 + 0 of stream two.
     assert run.tok_s == pytest.approx(9 / 0.611)
@@ -75,16 +71,14 @@ def test_speeds_and_latencies_are_of_the_time_when_all_streams_are_at_work() -> 
 
 def test_an_event_of_several_tokens_counts_for_all() -> None:
     pairs_of_tokens = replace(request(0, 10, (5, 5)), completion_tokens=6)
-    run = measure([[pairs_of_tokens]], reconnects=0, before=BEFORE, after=AFTER)
+    run = measure([[pairs_of_tokens]], reconnects=0, client_cpu_s=0.5, before=BEFORE, after=AFTER)
     assert run.tok_s == pytest.approx(6 / run.steady_s)
 
 
 def test_a_failed_request_fails_the_run_and_is_named() -> None:
     failed = request(0, 1, (1,), Failure(FailureKind.HTTP_STATUS, "HTTP 503: no replica"))
-    with pytest.raises(
-        LoadtestError, match="1 http_status of 2 requests failed; the first: HTTP 503: no replica"
-    ):
-        measure([[request(0, 1, (1,))], [], [failed]], reconnects=0, before=BEFORE, after=AFTER)
+    with pytest.raises(LoadtestError, match="1 http_status of 2 requests failed; the first: HTTP 503: no replica"):
+        measure([[request(0, 1, (1,))], [], [failed]], reconnects=0, client_cpu_s=0.5, before=BEFORE, after=AFTER)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +90,7 @@ def test_a_failed_request_fails_the_run_and_is_named() -> None:
 )
 def test_a_run_without_steady_tokens_has_no_figures(streams: list[list[RequestResult]]) -> None:
     with pytest.raises(LoadtestError, match="while all streams were at work"):
-        measure(streams, reconnects=0, before=BEFORE, after=AFTER)
+        measure(streams, reconnects=0, client_cpu_s=0.5, before=BEFORE, after=AFTER)
 
 
 RUN = Run(
@@ -104,7 +98,8 @@ RUN = Run(
     steady_s=1.6,
     requests=10,
     tokens=1000,
-    prompt_tokens=100,
+    output_tokens_range=(100, 100),
+    prompt_tokens_range=(10, 12),
     tok_s=500.0,
     ttft_p50_s=0.010,
     ttft_p99_s=0.020,
@@ -113,7 +108,7 @@ RUN = Run(
     e2e_p50_s=0.2,
     reconnects=0,
     cpu_s={"client": 0.2, "engine": 0.4, "gateway": 0.6, "machine": 2.0},
-    rss_bytes={"client": 2**20, "engine": 2**20, "gateway": 300 * 2**20},
+    rss_bytes={"engine": 2**20, "gateway": 300 * 2**20},
 )
 
 
@@ -154,13 +149,11 @@ def test_costs_are_told_by_group_and_by_share() -> None:
     ("change", "reason"),
     [
         ({"cpu_s": {**RUN.cpu_s, "client": 1.81}}, "client used 9[01]%"),
-        ({"tokens": 999}, "different counts of output tokens"),
-        ({"prompt_tokens": 101}, "different prompt tokens"),
+        ({"output_tokens_range": (99, 100)}, "different counts of output tokens"),
+        ({"prompt_tokens_range": (10, 13)}, "different prompt tokens"),
     ],
 )
-def test_a_cell_that_must_not_be_believed_is_invalid_and_leaves_null(
-    change: dict[str, object], reason: str
-) -> None:
+def test_a_cell_that_must_not_be_believed_is_invalid_and_leaves_null(change: dict[str, object], reason: str) -> None:
     doubtful = Pair(direct=RUN, gateway=replace(RUN, **change))  # type: ignore[arg-type]
     found = cell("c32", pair(500, 400), doubtful)
     assert len(found.invalid) == 1

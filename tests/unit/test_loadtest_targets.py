@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,7 @@ from loadtest.targets import subjects_of
 READY = {
     "url": "http://127.0.0.1:8000",
     "engine_token": "t",
+    "pid": 10,
     "pids": {"gateway": [11], "engine": [12, 13], "haproxy": [14], "other": []},
     "engines": {
         "paced": [{"host": "127.0.0.1", "port": 9001}],
@@ -28,7 +32,7 @@ def test_a_ready_file_gives_one_subject_a_model_with_the_same_gateway() -> None:
     assert (paced.model, paced.direct) == ("paced", Target("direct", "127.0.0.1", 9001, engine_token="t"))
     assert saturated.direct.port == 9002
     assert paced.gateway == saturated.gateway == Target("gateway", "127.0.0.1", 8000, "k")
-    assert paced.groups == {"gateway": ("11",), "engine": ("12", "13"), "haproxy": ("14",)}
+    assert paced.groups == {"gateway": ("11",), "engine": ("12", "13"), "haproxy": ("10/haproxy",)}
 
 
 def test_a_model_with_several_replicas_is_refused() -> None:
@@ -85,27 +89,48 @@ def test_requests_differ_in_their_number_alone() -> None:
 
 def test_groups_are_read_from_the_command_line() -> None:
     assert parse_groups("") == {}
-    assert parse_groups("engine=1+2,gateway=3,haproxy=haproxy") == {
+    assert parse_groups("engine=1+2,gateway=3,haproxy=5/haproxy") == {
         "engine": ("1", "2"),
         "gateway": ("3",),
-        "haproxy": ("haproxy",),
+        "haproxy": ("5/haproxy",),
     }
     with pytest.raises(LoadtestError, match="no process group"):
         parse_groups("engine")
 
 
-def test_a_reading_holds_groups_client_and_machine() -> None:
+def test_a_reading_holds_every_group_and_the_machine() -> None:
     groups = ProcessGroups({"engine": (str(os.getpid()),)})
     before = groups.read()
     sum(range(2_000_000))
     after = groups.read()
-    assert set(after.cpu_s) == {"engine", "client", "machine"}
-    assert set(after.rss_bytes) == {"engine", "client"}
-    assert after.rss_bytes["client"] > 2**20
+    assert set(after.cpu_s) == {"engine", "machine"}
+    assert set(after.rss_bytes) == {"engine"}
+    assert after.rss_bytes["engine"] > 2**20
     assert all(after.cpu_s[name] >= before.cpu_s[name] for name in after.cpu_s)
 
 
-@pytest.mark.parametrize("member", ["4194304", "no-such-process-name"])
+def test_processes_come_and_go_within_a_group() -> None:
+    groups = ProcessGroups({"all": (str(os.getpid()),)})
+    alone = groups.read()
+    with subprocess.Popen(["sleep", "60"]) as child:
+        wait_for_name(child.pid, "sleep")
+        together = groups.read()
+        named = ProcessGroups({"child": (f"{os.getpid()}/sleep",)})
+        assert 0 < named.read().rss_bytes["child"] < together.rss_bytes["all"]
+        child.kill()
+    assert together.rss_bytes["all"] > alone.rss_bytes["all"]
+    assert groups.read().cpu_s["all"] >= together.cpu_s["all"]
+    with pytest.raises(LoadtestError, match="group 'child'"):
+        named.read()
+
+
+def wait_for_name(pid: int, name: str) -> None:
+    """A child bears its parent's name until it has become what it was started for."""
+    while Path(f"/proc/{pid}/comm").read_text().strip() != name:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("member", ["4194304", "no-such-process-name", f"{os.getpid()}/no-such-process-name"])
 def test_a_process_that_does_not_run_is_refused(member: str) -> None:
     with pytest.raises(LoadtestError, match="no process"):
         ProcessGroups({"engine": (member,)})

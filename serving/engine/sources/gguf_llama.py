@@ -45,9 +45,7 @@ def convert(file: Path, out: Path, written: Callable[[int, int], None]) -> None:
     reader = GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama":
-        raise ValueError(
-            f"{file.name} has architecture {fields['general.architecture']}; only llama is converted"
-        )
+        raise ValueError(f"{file.name} has architecture {fields['general.architecture']}; only llama is converted")
     names = {tensor.name for tensor in reader.tensors}
     config = llama_config(fields, tied="output.weight" not in names)
     _write_json(out / "config.json", config)
@@ -134,9 +132,7 @@ def write_tokenizer(fields: dict[str, Any], out: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.save(str(out / "tokenizer.json"))
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    settings = {
-        f"{role}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for role, key in roles.items()
-    }
+    settings = {f"{role}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for role, key in roles.items()}
     _write_json(
         out / "tokenizer_config.json",
         {

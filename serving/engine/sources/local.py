@@ -23,9 +23,7 @@ def checked(rest: str) -> Path:
     """The absolute directory of `path:rest`; SourceError says what is missing."""
     path = Path(rest).expanduser()
     if not path.exists():
-        raise SourceError(
-            f"{path} does not exist on this machine; every machine that runs the model needs it there"
-        )
+        raise SourceError(f"{path} does not exist on this machine; every machine that runs the model needs it there")
     if not path.is_dir():
         raise SourceError(f"{path} is a file; path: needs the directory with config.json and the weights")
     try:

@@ -53,11 +53,7 @@ class Options:
         }
         return {
             "model.embed_tokens.weight": (VOCABULARY, hidden),
-            **{
-                f"model.layers.{i}.{name}.weight": shape
-                for i in range(self.layers)
-                for name, shape in layer.items()
-            },
+            **{f"model.layers.{i}.{name}.weight": shape for i in range(self.layers) for name, shape in layer.items()},
             "model.norm.weight": (hidden,),
             "lm_head.weight": (VOCABULARY, hidden),
         }

@@ -1,0 +1,28 @@
+"""One cluster with fake engines and one with real ones, each started once and shared by all its tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.running import RunningCluster, cluster
+
+CONFIGS = Path(__file__).parent.parent / "fixtures" / "configs"
+FAKE_START_TIMEOUT_S = 180
+ENGINE_START_TIMEOUT_S = 420
+
+
+@pytest.fixture(scope="session")
+def fake_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """Real HAProxy, gateway and Ray Serve; simulated engines."""
+    with cluster(CONFIGS / "fake.yaml", tmp_path_factory.mktemp("fake"), FAKE_START_TIMEOUT_S) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def engine_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """Everything real: vLLM on CPU with three models, one of them tensor-parallel."""
+    with cluster(CONFIGS / "engine.yaml", tmp_path_factory.mktemp("engine"), ENGINE_START_TIMEOUT_S) as running:
+        yield running
