@@ -24,6 +24,7 @@ ENV_ENGINE_TOKEN = "GALERNE_ENGINE_TOKEN"  # noqa: S105 - the name of a variable
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 10.0
 DRAIN_MARGIN_S = 10.0
+START_ATTEMPTS = 2
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -59,6 +60,8 @@ def _engine(model: ModelConfig, token: str, loopback: bool) -> Application:
         placement_group_bundles=bundles(model, gpu=gpu),
         placement_group_strategy="PACK" if gpu else "STRICT_PACK",
         ray_actor_options=_actor_options(model, gpu=gpu),
+        # What kept an engine from starting twice will do so again; the operator should hear of it.
+        max_constructor_retry_count=START_ATTEMPTS,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=model.drain_timeout_s + DRAIN_MARGIN_S,

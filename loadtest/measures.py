@@ -24,6 +24,8 @@ from loadtest.stats import Spread, pairwise, quantiles, spread
 CLIENT_SATURATED_SHARE = 0.90
 # Beyond it the machine, not the target's latency, decides throughput.
 MACHINE_SATURATED_SHARE = 0.95
+# Beyond it work that belongs to no target decides too much; Ray's own processes stay below it.
+DISTURBED_SHARE = 0.25
 
 # This process, among the groups.
 CLIENT = "client"
@@ -228,11 +230,16 @@ def _invalid(direct: Sequence[Run], gateway: Sequence[Run]) -> list[str]:
 
 
 def _notes(direct: Sequence[Run], gateway: Sequence[Run], cores: int) -> list[str]:
-    return [
-        f"{target}: the machine's processors limit it ({busy:.0%} of {cores} cores used)"
-        for target, runs in (("direct", direct), ("gateway", gateway))
-        if (busy := spread(_machine_share(run, cores) for run in runs).median) > MACHINE_SATURATED_SHARE
-    ]
+    notes = []
+    for target, runs in (("direct", direct), ("gateway", gateway)):
+        busy = spread(_machine_share(run, cores) for run in runs).median
+        others = spread(_other_share(run, cores) for run in runs).median
+        if busy > MACHINE_SATURATED_SHARE:
+            notes.append(f"{target}: the machine's processors limit it ({busy:.0%} of {cores} cores used)")
+        # Without named groups the targets themselves are "others".
+        if others > DISTURBED_SHARE and runs[0].rss_bytes:
+            notes.append(f"{target}: disturbed, processes outside the named groups used {others:.0%} of {cores} cores")
+    return notes
 
 
 def _client_share(run: Run) -> float:
@@ -241,7 +248,8 @@ def _client_share(run: Run) -> float:
 
 
 def _machine_share(run: Run, cores: int) -> float:
-    return run.cpu_s[MACHINE] / (run.wall_s * cores)
+    # The readings lie a little outside the run's wall time.
+    return min(1.0, run.cpu_s[MACHINE] / (run.wall_s * cores))
 
 
 def _other_share(run: Run, cores: int) -> float:

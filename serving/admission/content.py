@@ -95,7 +95,7 @@ def content(found: shapes.Content, at: str) -> int:
             total += utf8_bytes(part)
             continue
         media = astuple(part)[_TEXT_KEYS:]
-        if False:
+        if media != _NO_MEDIA:
             # Even a null: the engine asks whether the key is there.
             key = next(k for k, value in zip(_MEDIA_KEYS, media, strict=True) if value != shapes.ABSENT)
             raise unsupported(f"{at}[{i}].{key}", _TEXT_ONLY)

@@ -28,6 +28,8 @@ OPEN_PATHS = frozenset({"/health", "/metrics"})
 # Longer than the gateway keeps an idle connection, so that the gateway is always the one to close.
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
+# What is still in flight when the server stops gets this long, and is then cut.
+STOP_GRACE_S = 1
 REFUSAL = b'{"error":{"message":"This port is for the gateway.","type":"invalid_request_error","param":null,"code":"permission_denied"}}'  # noqa: E501
 
 
@@ -94,6 +96,7 @@ class PrivateServer:
             timeout_keep_alive=KEEP_ALIVE_S,
             backlog=BACKLOG,
             server_header=False,
+            timeout_graceful_shutdown=STOP_GRACE_S,
         )
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
@@ -135,8 +138,8 @@ class PrivateServer:
         return True
 
     async def stop(self) -> None:
-        """Close the port and every connection."""
+        """Close the port and every connection, and end the app's lifespan."""
+        # Not force_exit: uvicorn then leaves open connections and the lifespan's task behind.
         self._server.should_exit = True
-        self._server.force_exit = True
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=5)

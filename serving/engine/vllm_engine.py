@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,9 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = self._arguments()
+        if not self._gpu and self._model.parallel.workers > 1:
+            cores = sorted(os.sched_getaffinity(0))
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(self._model.parallel.workers, cores))
         try:
             config = args.engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
             self._client = AsyncLLM.from_vllm_config(
@@ -118,6 +123,18 @@ def engine_arguments(model: ModelConfig, weights: Path, *, gpu: bool) -> dict[st
         # node it lies; vLLM's CPU platform needs the process executor to bind its threads.
         decided["distributed_executor_backend"] = "ray" if gpu else "mp"
     return safe | (presets.engine_args(preset) if preset else {}) | model.engine | decided
+
+
+def thread_binding(workers: int, cores: Sequence[int]) -> str:
+    """Cores of each CPU worker in vLLM's form, "0,1|2,3"; vLLM's own choice wants a NUMA node per worker.
+
+    With fewer cores than workers nothing is bound and the system schedules.
+    """
+    share = len(cores) // workers
+    if share == 0:
+        return "nobind"
+    slices = (cores[rank * share : (rank + 1) * share] for rank in range(workers))
+    return "|".join(",".join(map(str, part)) for part in slices)
 
 
 def _suggest(name: str, known: set[str]) -> str:

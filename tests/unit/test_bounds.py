@@ -421,6 +421,16 @@ def test_brackets_in_text_are_no_nesting() -> None:
     assert facts(BodyKind.CHAT, messages=[{"role": "user", "content": text}]).prompt_bytes == len(text)
 
 
+@pytest.mark.parametrize("run", range(1, 6))
+def test_backslashes_hide_no_nesting(run: int) -> None:
+    # "\\\\" ends a string, '\\"' does not: whoever mixes them up takes the nesting for text, or the text for nesting.
+    edge = "\\" * run
+    deep = json.loads("[" * 64 + "]" * 64)
+    for before in (edge, edge + '"', '"' + edge):
+        assert "deeper than 64" in refusal(BodyKind.CHAT, {"a": before, "b": deep, "c": before}).message
+        assert facts(BodyKind.CHAT, a=before, b="[" * 99, c=before).model == "m"
+
+
 def test_configured_limits_count() -> None:
     limits = LimitsConfig(n=2, json_depth=4, prompt_tokens=3)
     assert "at most 2" in refusal(BodyKind.CHAT, {"n": 3}, limits).message

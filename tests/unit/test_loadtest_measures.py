@@ -168,11 +168,20 @@ def test_a_client_at_its_limit_is_still_valid() -> None:
     assert not cell("c1", Pair(direct=edge, gateway=edge)).invalid
 
 
-def test_a_machine_without_idle_processors_is_noted() -> None:
-    full = replace(RUN, cpu_s={**RUN.cpu_s, "machine": 3.9})
-    found = cell("c1", Pair(direct=RUN, gateway=full))
-    assert len(found.notes) == 1
-    assert found.notes[0].startswith("gateway: the machine's processors limit it (98% of 2 cores")
+@pytest.mark.parametrize(
+    ("cpu_s", "notes"),
+    [
+        ({"machine": 2.0}, []),
+        ({"machine": 3.9, "engine": 2.9}, ["gateway: the machine's processors limit it (98% of 2 cores used)"]),
+        (
+            {"machine": 3.0},
+            ["gateway: disturbed, processes outside the named groups used 45% of 2 cores"],
+        ),
+    ],
+)
+def test_what_limits_a_cell_is_noted(cpu_s: dict[str, float], notes: list[str]) -> None:
+    found = cell("c1", Pair(direct=RUN, gateway=replace(RUN, cpu_s={**RUN.cpu_s, **cpu_s})))
+    assert list(found.notes) == notes
     assert not found.invalid
 
 
