@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,6 +23,8 @@ from loadtest.processes import Machine, ProcessGroups, parse_groups
 from loadtest.request import Target, chat_templates, target_at
 
 DEFAULT_REPEATS = 5
+# Exit code after Ctrl-C, as shells have it.
+INTERRUPTED = 130
 # Columns of a report that goes to a file or a log.
 REPORT_WIDTH = 110
 DEFAULT_OUTPUT_TOKENS = 64
@@ -188,9 +191,14 @@ def placement(machine: Machine) -> str:
 def run(main: Callable[[Console], Awaitable[None]]) -> int:
     """Run a benchmark; its exit code: 0, or 1 with the reason on standard error."""
     console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
+    # Asked to end, end as on Ctrl-C: a cluster that --start brought up goes too.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         uvloop.run(main(console))  # type: ignore[arg-type]  # an async def gives a coroutine
     except LoadtestError as problem:
         print(f"benchmark failed: {problem}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("benchmark interrupted; nothing written", file=sys.stderr)
+        return INTERRUPTED
     return 0

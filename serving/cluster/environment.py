@@ -65,6 +65,8 @@ def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(METRICS_PORT_HAPROXY),
             # A reload keeps the old process for its streams: as long as a replica may drain.
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(drain_s),
+            # The gateway's bound is the one that holds; vLLM's own default is 4.
+            "VLLM_MAX_STOP_STRINGS": str(config.limits.stop_sequences),
             "RAY_SERVE_LOG_CLIENT_ADDRESS": "0",
             "RAY_SERVE_LOG_TO_STDERR": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
