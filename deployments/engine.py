@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from serving.cluster.ray import HOST, PID, PORT, bind_loopback, node_ip
 from serving.config import FakeEngineConfig, ModelConfig
 from serving.engine.private_server import App, PrivateServer
+from serving.engine.start_turn import start_turn
 
 
 class Engine(Protocol):
@@ -31,13 +34,15 @@ class EngineReplica:
 
     # Serve awaits an async constructor: an engine starts on the replica's own event loop.
     async def __init__(  # type: ignore[misc]
-        self, model: ModelConfig, token: str, loopback: bool, gpu: bool
+        self, model: ModelConfig, token: str, *, position: int, loopback: bool, gpu: bool
     ) -> None:
         self._model = model
         if loopback:
             bind_loopback()
-        self._engine: Engine = _engine(model, gpu=gpu)
-        app = await self._engine.start()
+        in_turn = contextlib.nullcontext() if gpu or model.is_fake else _turn(position)
+        async with in_turn:
+            self._engine: Engine = _engine(model, gpu=gpu)
+            app = await self._engine.start()
         self._server = PrivateServer(app, host="127.0.0.1" if loopback else node_ip(), token=token)
         self._engine.attach(self._server.server)
         await self._server.start()
@@ -60,6 +65,12 @@ class EngineReplica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.shutdown()
+
+
+def _turn(position: int) -> AbstractAsyncContextManager[None]:
+    from serving.engine.sources import cache_root
+
+    return start_turn(cache_root(os.environ) / "locks", position, len(os.sched_getaffinity(0)))
 
 
 def _engine(model: ModelConfig, *, gpu: bool) -> Engine:

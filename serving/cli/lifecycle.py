@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 APPLICATION = "deployments.app:application"
 LOG_FILE = "ray.log"
+ENGINE_MODULES = ("vllm.v1.engine.async_llm", "vllm.entrypoints.launchers.app", "vllm.v1.worker.cpu_worker")
 FALLBACK_PORT = 8500
 STOP_WAIT_S = 15.0
 POLL_S = 0.25
@@ -68,6 +71,7 @@ def run(plan: Plan, console: Console) -> int:
     (plan.state_dir / HAPROXY_DIR).mkdir(exist_ok=True)
     if plan.config.demo_keys:
         console.print("[yellow]Warning:[/] the keys of this configuration are public. Loopback only; for demos.")
+    _warm_byte_code(plan.config)
     prepare_models(plan.config, console)
     processes.become_reaper()
     metrics_port = processes.free_port(plan.config.listen.host, METRICS_PORT_HAPROXY)
@@ -92,6 +96,23 @@ def run(plan: Plan, console: Console) -> int:
             return asyncio.run(_Session(plan, cluster, token, metrics_port, console, stop, started_s).run())
         finally:
             _take_down(cluster, plan, console)
+
+
+def _warm_byte_code(config: GalerneConfig) -> None:
+    """On a fresh installation, compile vLLM's byte code beside the preparation of weights.
+
+    The import is left to finish by itself; where it fails, the engine's own start says why.
+    """
+    if sys.dont_write_bytecode or all(model.is_fake for model in config.models):
+        return
+    engine = importlib.util.find_spec("vllm")
+    if engine is None or engine.origin is None or Path(importlib.util.cache_from_source(engine.origin)).exists():
+        return
+    subprocess.Popen(  # noqa: S603 - this interpreter, a constant program
+        [sys.executable, "-c", f"import {', '.join(ENGINE_MODULES)}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 @contextlib.contextmanager
@@ -150,18 +171,28 @@ class _Session:
         )
         try:
             with self._console.status("loading models") as status:
+                greeted = False
                 while not self._stop.is_set() and not self._up():
                     found = await asyncio.to_thread(self._cluster.deployments, APP)
                     status.update(_progress(found, deployments, time.monotonic() - self._started_s))
                     _raise_failure(found, deployments)
+                    if not greeted and self._answering():
+                        greeted = True
+                        await self._greet()
                     await asyncio.sleep(POLL_S)
             if not self._stop.is_set():
-                await self._announce()
+                if not greeted:
+                    await self._greet()
+                self._announce()
             while not self._stop.is_set():
                 await asyncio.sleep(POLL_S)
         finally:
             watch.stop()
         return 0
+
+    def _answering(self) -> bool:
+        """Whether the first model and a gateway are there: enough to try it."""
+        return bool(self._state.gateways) and bool(self._state.engines.get(next(iter(self._state.models))))
 
     def _up(self) -> bool:
         engines = all(self._state.engines.get(m) for m in self._state.models)
@@ -192,17 +223,23 @@ class _Session:
         self._state = replace(self._state, haproxy_pids=tuple(sorted(found)))
         state.write(self._plan.state_dir, self._state, self._plan.ready_file)
 
-    async def _announce(self) -> None:
+    async def _greet(self) -> None:
         """Wait for the front door, then say how to knock."""
         listen = self._plan.config.listen
         while not self._stop.is_set() and not await _answers(listen.host, listen.port):
             await asyncio.sleep(POLL_S)
+        model = next(iter(self._state.models))
+        self._console.print(f"\n[bold]{model}[/] answers at {self._state.url} after {self._seconds():.0f} s. Try:")
+        self._console.print(_example(self._state, self._plan.example_key), markup=False, soft_wrap=True)
+
+    def _announce(self) -> None:
         self._announced = True
         self._write()
-        seconds = time.monotonic() - self._started_s
-        self._console.print(f"\n[bold green]Galerne is ready[/] at {self._state.url} after {seconds:.0f} s.")
-        self._console.print(_example(self._state, self._plan.example_key), markup=False, soft_wrap=True)
+        self._console.print(f"[bold green]Galerne is ready[/] after {self._seconds():.0f} s: every model answers.")
         self._console.print("`galerne status` shows models and replicas. Ctrl-C stops everything.")
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started_s
 
 
 def _example(cluster: state.ClusterState, key: str | None) -> str:

@@ -73,9 +73,7 @@ class ReplicaSet:
         after: dict[str, Replica] = {}
         for endpoint in endpoints:
             kept = before.get(endpoint.replica_id)
-            after[endpoint.replica_id] = (
-                kept if kept is not None and kept.endpoint == endpoint else Replica(endpoint)
-            )
+            after[endpoint.replica_id] = kept if kept is not None and kept.endpoint == endpoint else Replica(endpoint)
         self._replicas[model] = after
         return tuple(r.endpoint for i, r in before.items() if after.get(i) is not r)
 

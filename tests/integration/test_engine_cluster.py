@@ -74,9 +74,7 @@ def test_chat_streamed_with_usage(client: OpenAI) -> None:
 
 def test_completions(client: OpenAI) -> None:
     whole = client.completions.create(model=CHAT, prompt="Once upon a time", max_tokens=10, temperature=0)
-    parts = client.completions.create(
-        model=CHAT, prompt="Once upon a time", max_tokens=10, temperature=0, stream=True
-    )
+    parts = client.completions.create(model=CHAT, prompt="Once upon a time", max_tokens=10, temperature=0, stream=True)
     assert "".join(p.choices[0].text for p in parts) == whole.choices[0].text
 
 
@@ -212,9 +210,7 @@ def test_a_client_that_leaves_frees_the_engine(engine_cluster: RunningCluster) -
 
 def test_the_engine_refuses_what_only_it_can_judge(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(
-            model=CHAT, messages=[{"role": "user", "content": "word " * 3000}], max_tokens=5
-        )
+        client.chat.completions.create(model=CHAT, messages=[{"role": "user", "content": "word " * 3000}], max_tokens=5)
     assert "2048" in caught.value.message
 
 
@@ -233,9 +229,7 @@ def test_vllm_metrics_are_scrapeable(engine_cluster: RunningCluster) -> None:
 # Last: it kills an engine core that the other tests need.
 def test_zz_a_dead_engine_core_is_noticed_and_replaced(engine_cluster: RunningCluster, client: OpenAI) -> None:
     (before,) = engine_cluster.state()["engines"][PARALLEL]
-    cores = [
-        p for p in psutil.Process(before["pid"]).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())
-    ]
+    cores = [p for p in psutil.Process(before["pid"]).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
     assert cores
     cores[0].kill()
     deadline_s = time.monotonic() + 300

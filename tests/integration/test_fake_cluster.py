@@ -80,9 +80,7 @@ def test_both_replicas_are_used_and_counted(fake_cluster: RunningCluster) -> Non
 
     with ThreadPoolExecutor(16) as threads:
         assert set(threads.map(ask, range(64))) == {200}
-    done = [
-        fake_cluster.engine_metric("chat", "vllm:request_success_total", index) for index in range(2)
-    ]
+    done = [fake_cluster.engine_metric("chat", "vllm:request_success_total", index) for index in range(2)]
     assert min(done) > 8, done
     port = fake_cluster.state()["gateways"][0]["metrics_port"]
     url = f"http://127.0.0.1:{port}/metrics"
@@ -119,9 +117,7 @@ def test_the_engines_port_asks_for_its_token(fake_cluster: RunningCluster) -> No
 
 
 def test_edge_refuses_before_the_gateway(fake_cluster: RunningCluster) -> None:
-    large = httpx.post(
-        f"{fake_cluster.url}/v1/chat/completions", content=b"x" * (5 << 20), headers=AUTH
-    )
+    large = httpx.post(f"{fake_cluster.url}/v1/chat/completions", content=b"x" * (5 << 20), headers=AUTH)
     assert large.status_code == 413
     assert large.json()["error"]["code"] == "request_too_large"
     long = httpx.get(f"{fake_cluster.url}/v1/models", headers=AUTH | {"x-padding": "a" * 9000})
@@ -244,4 +240,3 @@ def test_a_taken_port_is_refused_before_anything_starts(fake_cluster: RunningClu
     assert done.returncode == 1
     assert "18100" in done.stderr
     assert "taken" in done.stderr
-

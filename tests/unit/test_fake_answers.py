@@ -126,9 +126,7 @@ def test_what_is_no_schema_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not a JSON schema"):
         instance({"type": "object", **schema, "required": ["a"]})
     with pytest.raises(RefusalError):
-        plan.structured_text(
-            {"type": "json_schema", "json_schema": {"schema": {**schema, "required": ["a"]}}}
-        )
+        plan.structured_text({"type": "json_schema", "json_schema": {"schema": {**schema, "required": ["a"]}}})
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "other"}}, "never"])

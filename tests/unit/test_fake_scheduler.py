@@ -203,9 +203,7 @@ def test_before_a_pass_ends_nothing_happens() -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     requests=st.lists(
-        st.tuples(
-            st.integers(1, 40), st.integers(0, 24), st.integers(0, 2), st.booleans(), st.floats(0, 0.5)
-        ),
+        st.tuples(st.integers(1, 40), st.integers(0, 24), st.integers(0, 2), st.booleans(), st.floats(0, 0.5)),
         max_size=20,
     ),
     slots=st.integers(1, 5),

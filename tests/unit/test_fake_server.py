@@ -230,9 +230,7 @@ def test_tools_are_called_with_arguments_of_their_schema(
     fast: Server, sdk: openai.OpenAI, choice: Any, reason: str
 ) -> None:
     whole = sdk.chat.completions.create(model=MODEL, messages=HI, tools=TOOLS, tool_choice=choice)
-    stream = sdk.chat.completions.create(
-        model=MODEL, messages=HI, tools=TOOLS, tool_choice=choice, stream=True
-    )
+    stream = sdk.chat.completions.create(model=MODEL, messages=HI, tools=TOOLS, tool_choice=choice, stream=True)
     deltas = [chunk.choices[0] for chunk in stream]
     assert whole.choices[0].message.tool_calls is not None
     (call,) = whole.choices[0].message.tool_calls
@@ -360,7 +358,7 @@ LONG = {"messages": HI, "max_tokens": 131072}
         ("GET", "/v1/files", b"", 404, None),
     ],
 )
-def test_refusals_have_vllms_shape(  # noqa: PLR0917
+def test_refusals_have_vllms_shape(
     fast: Server, method: str, path: str, body: object, status: int, param: str | None
 ) -> None:
     got, content = fast.raw(method, path, body)

@@ -54,9 +54,7 @@ class Faults:
             if self._bytes_until_death is not None:
                 self._bytes_until_death -= len(body)
                 if self._bytes_until_death <= 0:
-                    await send(
-                        {**event, "body": body[: len(body) + self._bytes_until_death], "more_body": True}
-                    )
+                    await send({**event, "body": body[: len(body) + self._bytes_until_death], "more_body": True})
                     await asyncio.sleep(FLUSH_S)
                     self._exit_process(1)
                     raise BrokenOffError

@@ -113,9 +113,7 @@ class ChatShape(Shape):
         message |= {"refusal": None, "annotations": None, "audio": None, "function_call": None}
         if self._tool:
             function = {"name": self._tool, "arguments": choice.text}
-            message["tool_calls"] = [
-                {"id": f"chatcmpl-tool-{random_id()}", "type": "function", "function": function}
-            ]
+            message["tool_calls"] = [{"id": f"chatcmpl-tool-{random_id()}", "type": "function", "function": function}]
         message["reasoning"] = None
         return {
             "index": choice.index,
@@ -205,9 +203,7 @@ async def _stream(
     include_usage = bool(options and options.include_usage)
     continuous = include_usage and bool(options and options.continuous_usage_stats)
     sequences = [choice.sequence for choice in choices]
-    writers = [
-        Writer(choice, shape, include_usage=include_usage, continuous=continuous) for choice in choices
-    ]
+    writers = [Writer(choice, shape, include_usage=include_usage, continuous=continuous) for choice in choices]
     async with engine.running(sequences, exchange) as ticket:
         await exchange.start_stream()
         opening = b"".join(writer.opening() for writer in writers)

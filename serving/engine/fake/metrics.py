@@ -90,9 +90,7 @@ class EngineMetrics(Collector):
         )
         self._e2e = Histogram("vllm:e2e_request_latency_seconds", "Latency of whole requests.", _REQUEST_S)
         self._queue = Histogram("vllm:request_queue_time_seconds", "Time in WAITING phase.", _REQUEST_S)
-        self._inference = Histogram(
-            "vllm:request_inference_time_seconds", "Time in RUNNING phase.", _REQUEST_S
-        )
+        self._inference = Histogram("vllm:request_inference_time_seconds", "Time in RUNNING phase.", _REQUEST_S)
         self._prefill = Histogram("vllm:request_prefill_time_seconds", "Time in PREFILL phase.", _REQUEST_S)
         self._decode = Histogram("vllm:request_decode_time_seconds", "Time in DECODE phase.", _REQUEST_S)
         self._request_prompt = Histogram("vllm:request_prompt_tokens", "Prefill tokens of a request.", tokens)
@@ -104,9 +102,7 @@ class EngineMetrics(Collector):
         )
         self._max_tokens = Histogram("vllm:request_params_max_tokens", "max_tokens of a request.", tokens)
         self._params_n = Histogram("vllm:request_params_n", "n of a request.", _PARAMS_N)
-        self._iteration = Histogram(
-            "vllm:iteration_tokens_total", "Tokens of an engine step.", _ITERATION_TOKENS
-        )
+        self._iteration = Histogram("vllm:iteration_tokens_total", "Tokens of an engine step.", _ITERATION_TOKENS)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 

@@ -53,8 +53,7 @@ def plan(
     _check_length(prompt_tokens, wanted.max_tokens or 1, max_model_len)
     if wanted.max_tokens is not None and wanted.min_tokens > wanted.max_tokens:
         raise bad_request(
-            "min_tokens must be less than or equal to "
-            f"max_tokens={wanted.max_tokens}, got {wanted.min_tokens}.",
+            f"min_tokens must be less than or equal to max_tokens={wanted.max_tokens}, got {wanted.min_tokens}.",
             "min_tokens",
         )
     room = max_model_len - prompt_tokens
@@ -72,9 +71,7 @@ def plan(
     return choices
 
 
-def pooling(
-    prompt: bytes, config: FakeEngineConfig, max_model_len: int, *, cache_salt: str | None
-) -> EngineSequence:
+def pooling(prompt: bytes, config: FakeEngineConfig, max_model_len: int, *, cache_salt: str | None) -> EngineSequence:
     """A sequence that is prefilled and answers no tokens; raises RefusalError 400 for a prompt too long."""
     prompt_tokens = tokens.count(prompt)
     _check_length(prompt_tokens, 0, max_model_len)
@@ -93,9 +90,7 @@ def _check_length(prompt_tokens: int, output_tokens: int, max_model_len: int) ->
         )
 
 
-def _answer(
-    prompt: bytes, wanted: Wanted, config: FakeEngineConfig, room: int, index: int
-) -> tuple[list[bytes], str]:
+def _answer(prompt: bytes, wanted: Wanted, config: FakeEngineConfig, room: int, index: int) -> tuple[list[bytes], str]:
     if wanted.text is not None:
         pieces = tokens.pieces(wanted.text)
         limit = min(room, wanted.max_tokens or room)
@@ -154,9 +149,7 @@ def structured_text(response_format: dict[str, Any] | None) -> str | None:
     return _instance_text(schema, "response_format")
 
 
-def tool_call(
-    tools: Sequence[dict[str, Any]], tool_choice: str | dict[str, Any] | None
-) -> tuple[str, str] | None:
+def tool_call(tools: Sequence[dict[str, Any]], tool_choice: str | dict[str, Any] | None) -> tuple[str, str] | None:
     """Name and arguments (JSON) of the tool that must be called; None where text may be answered.
 
     A named tool is called, for "required" the first; "auto" never calls one.

@@ -87,9 +87,7 @@ async def score(engine: Engine, exchange: Exchange) -> None:
             pairs = _pairs(_as_list(left), _as_list(right))
             break
     else:
-        raise RefusalError(
-            400, "1 validation error:\n  text_1 and text_2 (or queries and documents) are required"
-        )
+        raise RefusalError(400, "1 validation error:\n  text_1 and text_2 (or queries and documents) are required")
     usage = await _prefill(engine, exchange, [_pair_prompt(*pair) for pair in pairs], request.cache_salt)
     data = [{"index": i, "object": "score", "score": relevance(*pair)} for i, pair in enumerate(pairs)]
     await exchange.json(
@@ -131,12 +129,8 @@ async def rerank(engine: Engine, exchange: Exchange) -> None:
     )
 
 
-async def _prefill(
-    engine: Engine, exchange: Exchange, inputs: Sequence[bytes], cache_salt: str | None
-) -> Usage:
-    sequences = [
-        plan.pooling(item, engine.config, engine.max_model_len, cache_salt=cache_salt) for item in inputs
-    ]
+async def _prefill(engine: Engine, exchange: Exchange, inputs: Sequence[bytes], cache_salt: str | None) -> Usage:
+    sequences = [plan.pooling(item, engine.config, engine.max_model_len, cache_salt=cache_salt) for item in inputs]
     async with engine.running(sequences, exchange) as ticket:
         await ticket.finished()
     return Usage.of(sequences)

@@ -21,9 +21,7 @@ Prompt = str | list[str | int | list[int]]
 class RefusalError(Exception):
     """An answer other than 200, in vLLM's error shape."""
 
-    def __init__(
-        self, status: int, message: str, *, kind: str | None = None, param: str | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, *, kind: str | None = None, param: str | None = None) -> None:
         super().__init__(status, message, kind, param)
         self.status = status
         self.message = message
@@ -32,9 +30,7 @@ class RefusalError(Exception):
 
     def body(self) -> dict[str, object]:
         """The JSON body."""
-        return {
-            "error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
-        }
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}}
 
 
 def bad_request(message: str, param: str | None = None) -> RefusalError:

@@ -77,9 +77,7 @@ class Response:
             },
         )
 
-    def _object(
-        self, status: str, output: list[dict[str, Any]], usage: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def _object(self, status: str, output: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         request = self._request
         return {
             "id": self._id,
@@ -160,9 +158,7 @@ class Events:
     def begun(self) -> bytes:
         """Before the first token."""
         begun = self._response.begun()
-        return self._event("response.created", response=begun) + self._event(
-            "response.in_progress", response=begun
-        )
+        return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
 
     def item_added(self) -> bytes:
         """With the first token, before it."""

@@ -20,9 +20,7 @@ async def tokenize(engine: Engine, exchange: Exchange) -> None:
         raise RefusalError(400, "1 validation error:\n  prompt or messages is required", param="prompt")
     ids = tokens.token_ids(prompt)
     shown = [tokens.decode(tokens.encode_ids([i])) for i in ids] if request.return_token_strs else None
-    await exchange.json(
-        {"count": len(ids), "max_model_len": engine.max_model_len, "tokens": ids, "token_strs": shown}
-    )
+    await exchange.json({"count": len(ids), "max_model_len": engine.max_model_len, "tokens": ids, "token_strs": shown})
 
 
 async def detokenize(engine: Engine, exchange: Exchange) -> None:
