@@ -23,6 +23,8 @@ TOKEN_HEADER = b"x-galerne-engine-token"
 RETRY_AFTER_S = 5
 MAX_REPLICAS_TRIED = 3
 EVENT_STREAM = b"text/event-stream"
+EVENT_END = b"\n\n"
+HELD_BYTES = 1024 * 1024  # an event larger than this is passed on in pieces
 FORWARDED_HEADERS = frozenset({b"content-type", b"content-length"})
 SERVER_ERROR = 500
 
@@ -155,16 +157,24 @@ class Relay:
         exchange.first_byte_s = last_s = self._clock()
         await send({"type": "http.response.start", "status": status, "headers": headers})
         clock, model, on_gap, read = self._clock, exchange.model, self._on_gap, connection.read
-        sent_bytes = 0
+        sent_bytes, held = 0, b""
+        events = (b"content-type", EVENT_STREAM) in _types(connection)
         try:
             while chunk:
-                sent_bytes += len(chunk)
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if held or (events and not chunk.endswith(EVENT_END)):
+                    # Half an event is kept back: if the engine dies now, an error event can still follow cleanly.
+                    chunk, held = _whole_events(held + chunk)
+                if chunk:
+                    sent_bytes += len(chunk)
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunk = await read()
                 if chunk:
                     now_s = clock()
                     on_gap(model, now_s - last_s)
                     last_s = now_s
+            if held:
+                sent_bytes += len(held)
+                await send({"type": "http.response.body", "body": held, "more_body": True})
         finally:
             exchange.sent_bytes = sent_bytes
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -191,6 +201,14 @@ class Relay:
 
 
 Headers = list[tuple[bytes, bytes]]
+
+
+def _whole_events(data: bytes) -> tuple[bytes, bytes]:
+    """Complete events of a stream, and the begun one after them."""
+    if len(data) > HELD_BYTES:
+        return data, b""
+    whole, end, begun = data.rpartition(EVENT_END)
+    return whole + end, begun
 
 
 def _types(connection: Connection) -> Headers:

@@ -45,6 +45,7 @@ class Connection(asyncio.Protocol):
         "_chunks",
         "_error",
         "_head_done",
+        "_keep_alive",
         "_loop",
         "_on_closed",
         "_parser",
@@ -74,6 +75,7 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._error: UpstreamError | None = None
         self._head_done = False
+        self._keep_alive = False
         self.done = True
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
@@ -122,6 +124,8 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if self._head_done:
+            # Only here does the parser know; afterwards it has forgotten.
+            self._keep_alive = self._parser.should_keep_alive()
             self.done = True
             self._wake()
 
@@ -157,7 +161,7 @@ class Connection(asyncio.Protocol):
 
     def reusable(self) -> bool:
         """Whether another request may follow on this connection."""
-        return self.done and not self.closed and self._error is None and self._parser.should_keep_alive()
+        return self.done and not self.closed and self._error is None and self._keep_alive
 
     def abort(self) -> None:
         """Close at once; an engine takes it as the client's leaving and stops computing."""

@@ -45,6 +45,11 @@ ONE_MACHINE = {
 }
 
 
+def haproxy_threads(cores: int) -> int:
+    """One thread moves far more than one gateway can: the other cores are for gateways and engines."""
+    return min(4, max(1, cores // 2))
+
+
 def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
     """Variables for the driver and every node; `state_dir` holds HAProxy's files and sockets."""
     haproxy = state_dir / HAPROXY_DIR
@@ -57,7 +62,7 @@ def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
             # Measured: HAProxy -> ingress replica directly, no deployment handle, one event loop.
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(haproxy_threads(os.cpu_count() or 1)),
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name(HAPROXY_PROGRAM)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),

@@ -28,7 +28,7 @@ def turns(cores: int) -> int:
 @contextlib.asynccontextmanager
 async def start_turn(directory: Path, position: int, cores: int) -> AsyncIterator[None]:
     """Hold one of the machine's turns; `position` is the model's place in the configuration."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)  # noqa: ASYNC240 - one directory, before anything runs
     if position >= turns(cores):
         await asyncio.sleep(STAGGER_S * position)
     descriptor = await _lock(directory, turns(cores))

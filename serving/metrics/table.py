@@ -71,6 +71,7 @@ TABLE: tuple[Spec, ...] = (
         ("model",),
         "Between two chunks of a streamed answer (with one token a chunk: ITL).",
         SECONDS_SHORT,
+        at_scrape=True,
     ),
     Spec(
         "galerne_request_seconds",

