@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 
 import httpx
 import openai
+import psutil
 import uvicorn
 from prometheus_client import CollectorRegistry
 
@@ -356,15 +356,9 @@ async def until(condition: Callable[[], bool] | Callable[[], Awaitable[bool]], o
         await asyncio.sleep(POLL_S)
 
 
-def open_sockets() -> set[str]:
-    """Sockets of this process, by inode."""
-    found = set()
-    for descriptor in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            target = os.readlink(f"/proc/self/fd/{descriptor}")
-            if target.startswith("socket:"):
-                found.add(target)
-    return found
+def open_sockets() -> set[tuple[object, object]]:
+    """TCP sockets of this process, by both ends."""
+    return {(c.laddr, c.raddr) for c in psutil.Process().net_connections("tcp")}
 
 
 @contextlib.asynccontextmanager
