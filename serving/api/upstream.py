@@ -1,9 +1,9 @@
 """HTTP/1.1 towards engine replicas: pooled connections whose response bytes are handed on as they come.
 
-The relay's cost is a cost per token of every stream, so this is the one place where a general HTTP client is
-not good enough: httptools (uvicorn's parser) on a bare asyncio protocol does a chunk in about a quarter of
-the processor time of a client library (`make bench-overhead` measures the sum). It speaks to vLLM's uvicorn
-alone: no redirects, no compression, no TLS, one request at a time on a connection.
+The relay's cost is a cost per token of every stream, so this is the one place where a general HTTP client is not
+used: httptools (uvicorn's parser) on a bare asyncio protocol, with nothing between the socket and the relay
+(`make bench-overhead` measures the sum). It speaks to vLLM's uvicorn alone: no redirects, no compression, no TLS,
+one request at a time on a connection.
 
 A request whose bytes went out is never sent again. That needs idle connections that are surely alive: they
 are dropped here well before the engine's keep-alive ends, and at once when the engine closes them.
