@@ -14,6 +14,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
+# More digits than any length has; Python refuses to read some thousands of them.
+MAX_LENGTH_DIGITS = 18
+
+
 class ClientLeft(GalerneError):
     """The client closed its connection; there is nobody to answer."""
 
@@ -26,39 +30,24 @@ async def read_body(content_length: bytes | None, receive: Receive, *, limit_byt
     if content_length is not None:
         if not content_length.isdigit():
             raise BadRequest("The content-length header is not a number.")
-        if int(content_length) > limit_bytes:
+        if len(content_length) > MAX_LENGTH_DIGITS or int(content_length) > limit_bytes:
             raise _too_large(limit_bytes)
-    first = await _next(receive, timeout_s)
-    body: bytes = first.get("body", b"")
-    if not first.get("more_body", False):
-        if len(body) > limit_bytes:
-            raise _too_large(limit_bytes)
-        return body
-    parts, size = [body], len(body)
+    parts, size = [], 0
     try:
         async with asyncio.timeout(timeout_s):
             while True:
-                message = await _next(receive, timeout_s)
-                part = message.get("body", b"")
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft("the client left before its request was whole")
+                part: bytes = message.get("body", b"")
                 parts.append(part)
                 size += len(part)
                 if size > limit_bytes:
                     raise _too_large(limit_bytes)
                 if not message.get("more_body", False):
-                    return b"".join(parts)
+                    return parts[0] if len(parts) == 1 else b"".join(parts)
     except TimeoutError:
         raise _too_slow(timeout_s) from None
-
-
-async def _next(receive: Receive, timeout_s: float) -> Message:
-    try:
-        async with asyncio.timeout(timeout_s):
-            message = await receive()
-    except TimeoutError:
-        raise _too_slow(timeout_s) from None
-    if message["type"] == "http.disconnect":
-        raise ClientLeft("the client left before its request was whole")
-    return message
 
 
 def _too_large(limit_bytes: int) -> PayloadTooLarge:

@@ -43,6 +43,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_bytes",
         "_chunks",
+        "_closed",
         "_error",
         "_head_done",
         "_keep_alive",
@@ -52,7 +53,6 @@ class Connection(asyncio.Protocol):
         "_paused",
         "_transport",
         "_waiter",
-        "closed",
         "done",
         "headers",
         "idle_since",
@@ -63,7 +63,7 @@ class Connection(asyncio.Protocol):
         self._loop = loop
         self._on_closed = on_closed
         self._transport: asyncio.Transport | None = None
-        self.closed = False
+        self._closed = False
         self.idle_since = 0.0
         self._reset()
 
@@ -96,12 +96,16 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol names it
-        self.closed = True
+        self._closed = True
         if not self.done:
             self._fail(UpstreamError("broken", "the engine closed the connection before its answer ended"))
         self._on_closed(self)
 
     # -- httptools callbacks
+
+    def on_message_begin(self) -> None:
+        if self.done:  # stops the parser: an answer nobody asked for must not run into the one before it
+            raise UpstreamError("broken", "the engine sent more than one answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name.lower(), value))
@@ -130,6 +134,11 @@ class Connection(asyncio.Protocol):
             self._wake()
 
     # -- the request
+
+    @property
+    def closed(self) -> bool:
+        """Whether no bytes pass any more; the loop tells the protocol a moment later than the transport."""
+        return self._closed or (self._transport is not None and self._transport.is_closing())
 
     def send(self, head: bytes, body: bytes) -> None:
         """Write one request; the connection must be idle."""
@@ -161,7 +170,8 @@ class Connection(asyncio.Protocol):
 
     def reusable(self) -> bool:
         """Whether another request may follow on this connection."""
-        return self.done and not self.closed and self._error is None and self._keep_alive
+        # With bytes left unread the transport may be paused, and the next answer would never come.
+        return self.done and not self._chunks and not self.closed and self._error is None and self._keep_alive
 
     def abort(self) -> None:
         """Close at once; an engine takes it as the client's leaving and stops computing."""
@@ -204,7 +214,7 @@ class Pool:
     async def connection(self, endpoint: Endpoint) -> Connection:
         """An idle connection, or a new one; raises UpstreamError("connect")."""
         loop = asyncio.get_running_loop()
-        idle = self._idle.get(endpoint)
+        idle = self._idle.setdefault(endpoint, deque())
         while idle:
             connection = idle.pop()  # the latest used: the others grow old and expire
             if not connection.closed and loop.time() - connection.idle_since < IDLE_EXPIRY_S:
@@ -223,8 +233,8 @@ class Pool:
 
     def release(self, endpoint: Endpoint, connection: Connection) -> None:
         """Give a connection back: kept when its answer ended cleanly, closed otherwise."""
-        idle = self._idle.setdefault(endpoint, deque())
-        if connection.reusable() and len(idle) < MAX_IDLE_PER_ENGINE:
+        idle = self._idle.get(endpoint)  # None: the engine was dropped meanwhile
+        if idle is not None and connection.reusable() and len(idle) < MAX_IDLE_PER_ENGINE:
             connection.idle_since = asyncio.get_running_loop().time()
             idle.append(connection)
         else:

@@ -8,7 +8,7 @@ are fetched: an arbitrary name would make the configuration file a way to downlo
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import re
 import shutil
@@ -148,7 +148,8 @@ def installers(env: Mapping[str, str]) -> list[list[str]]:
     if uv := shutil.which("uv", path=search):
         commands.append([uv, "pip", *options, "--link-mode", "copy", "--python", sys.executable])
     pip_options = [*options, "--no-compile", "--disable-pip-version-check", "--no-input"]
-    if importlib.util.find_spec("pip") is not None:
+    # Not find_spec: setuptools warns, and more, when it is asked for pip after distutils was imported.
+    if next(iter(importlib.metadata.distributions(name="pip")), None) is not None:
         commands.append([sys.executable, "-m", "pip", *pip_options])
     elif pip := shutil.which("pip", path=search) or shutil.which("pip3", path=search):
         commands.append([pip, *pip_options])
