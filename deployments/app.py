@@ -37,7 +37,7 @@ def application(config: GalerneConfig, token: str | None = None) -> Application:
     """The application of a configuration; `token` guards the engines' ports (made up where absent)."""
     token = token or secrets.token_urlsafe(32)
     loopback = config.listen.host in LOOPBACK
-    engines = [_engine(model, token, position, loopback) for position, model in enumerate(config.models)]
+    engines = [_engine(model, token, loopback) for model in config.models]
     gateway = serve.deployment(serve.ingress()(GatewayReplica)).options(
         name=GATEWAY,
         num_replicas=config.gateway.replicas,
@@ -52,7 +52,7 @@ def application(config: GalerneConfig, token: str | None = None) -> Application:
     return gateway.bind(config, token, loopback, *engines)
 
 
-def _engine(model: ModelConfig, token: str, position: int, loopback: bool) -> Application:
+def _engine(model: ModelConfig, token: str, loopback: bool) -> Application:
     gpu = uses_gpu(model)
     deployment = serve.deployment(EngineReplica).options(
         name=deployment_name(model.id),
@@ -66,7 +66,7 @@ def _engine(model: ModelConfig, token: str, position: int, loopback: bool) -> Ap
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=model.drain_timeout_s + DRAIN_MARGIN_S,
     )
-    return deployment.bind(model, token, position=position, loopback=loopback, gpu=gpu)
+    return deployment.bind(model, token, loopback=loopback, gpu=gpu)
 
 
 def _actor_options(model: ModelConfig, *, gpu: bool) -> dict[str, float]:

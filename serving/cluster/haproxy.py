@@ -6,12 +6,11 @@ reloading it. Promises: no bind beyond the configured host; slow, oversized and 
 in OpenAI's error shape before they cost a gateway anything; headers by which a client could steer Ray are
 removed; the process ends with the one that started it.
 
-Only the standard library is imported: this runs at every reload.
+Only the standard library is imported, by `processes` too: this runs at every reload.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -21,10 +20,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.cluster.processes import die_with_parent
+
 ENV_HOST = "GALERNE_HAPROXY_HOST"
 ENV_HEADER_BYTES = "GALERNE_HAPROXY_HEADER_BYTES"
 ENV_BODY_BYTES = "GALERNE_HAPROXY_BODY_BYTES"
-PR_SET_PDEATHSIG = 1
 HEADER_TIMEOUT_S = 10  # until a request's headers are whole (slowloris)
 KEEP_ALIVE_TIMEOUT_S = 75
 RETRY_AFTER_S = 5
@@ -162,11 +162,6 @@ def write_error_files(error_dir: Path) -> None:
         )
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to end this process with its parent; it holds across exec."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
 def main() -> None:
     """Harden the configuration named after -f and become HAProxy, with the same arguments."""
     args = sys.argv[1:]
@@ -178,7 +173,7 @@ def main() -> None:
         hardened = config.with_suffix(".hardened.cfg")
         hardened.write_text(harden(config.read_text(), EdgeLimits.from_env(os.environ), errors))
         args[position] = str(hardened)
-    die_with_parent()
+    die_with_parent(signal.SIGTERM)
     binary = _binary()
     os.execv(binary, [binary, *args])  # noqa: S606 - no shell; the path is the packaged binary
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 TERM_WAIT_S = 5.0
 POLL_S = 0.05
@@ -23,6 +24,11 @@ POLL_S = 0.05
 def become_reaper() -> None:
     """Orphaned descendants become children of this process (Linux)."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Ask the kernel for this signal when the thread that started this process ends; holds across exec (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def descendants(root: int, proc: Path = Path("/proc")) -> set[int]:

@@ -128,6 +128,11 @@ class PrivateServer:
         if self._task is None or self._task.done() or self._server.should_exit:
             raise EngineError("the engine's HTTP server has ended")
 
+    async def wait_ended(self) -> None:
+        """Return when the server no longer takes requests: vLLM's app stops it when its core has died."""
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight; False where `timeout_s` ended first."""
         try:

@@ -13,25 +13,29 @@ import argparse
 import dataclasses
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from serving.config import ModelConfig
 from serving.engine import presets
+from serving.engine.host_spec import HostSpec
 from serving.engine.private_server import App
 from serving.errors import EngineError
 
 GIB = 1024**3
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 class VllmEngine:
-    """One engine: `start` returns its app; `check_health` raises when its core has died."""
+    """One engine: `start` returns its app, `shutdown` ends its core and workers."""
 
-    def __init__(self, model: ModelConfig, weights: Path, *, gpu: bool) -> None:
-        self._model = model
-        self._weights = weights
-        self._gpu = gpu
+    def __init__(self, spec: HostSpec) -> None:
+        self._model = spec.model
+        self._weights = spec.weights
+        self._gpu = spec.gpu
+        self._placement = spec.placement
         self._client: Any = None
         self._app: Any = None
 
@@ -43,11 +47,16 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = self._arguments()
-        if not self._gpu and self._model.parallel.workers > 1:
-            cores = sorted(os.sched_getaffinity(0))
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(self._model.parallel.workers, cores))
         try:
             config = args.engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+            if self._placement is not None:
+                from serving.cluster.ray import placement_group
+
+                os.environ["RAY_ADDRESS"] = self._placement.address
+                config.parallel_config.placement_group = placement_group(self._placement.group)
+            elif not self._gpu:
+                os.environ[START_METHOD] = start_method(os.environ)
+                _import_before_the_fork()
             self._client = AsyncLLM.from_vllm_config(
                 vllm_config=config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
@@ -56,22 +65,16 @@ class VllmEngine:
             )
             await self._client.reset_mm_cache()
             tasks = await self._client.get_supported_tasks()
+            app = build_app(args.namespace, tasks, config.model_config)
+            await init_app_state(self._client, app.state, args.namespace, tasks)
         except Exception as error:
-            # vLLM's validation errors do not survive pickling towards Ray's controller.
-            raise EngineError(f"vLLM cannot start model {self._model.id!r}: {error}") from None
-        app = build_app(args.namespace, tasks, config.model_config)
-        await init_app_state(self._client, app.state, args.namespace, tasks)
+            raise EngineError(str(error)) from None
         self._app = app
         return app
 
     def attach(self, server: Any) -> None:
         """Tell vLLM's app its HTTP server, which it stops when its core has died."""
         self._app.state.server = server
-
-    async def check_health(self) -> None:
-        """Raise EngineError when the engine core or a worker has died."""
-        if self._client is None or self._client.errored:
-            raise EngineError(f"the engine core of model {self._model.id!r} has died")
 
     async def shutdown(self) -> None:
         """End the core and its workers."""
@@ -86,7 +89,7 @@ class VllmEngine:
         frontend_fields = {f.name for f in dataclasses.fields(FrontendArgs)}
         values = engine_arguments(self._model, self._weights, gpu=self._gpu)
         if unknown := sorted(values.keys() - engine_fields - frontend_fields):
-            raise EngineError(f"model {self._model.id!r}: vLLM has no argument {_suggest(unknown[0], engine_fields)}")
+            raise EngineError(f"it has no argument {_suggest(unknown[0], engine_fields)}")
         engine = AsyncEngineArgs(**{k: v for k, v in values.items() if k in engine_fields})
         frontend = FrontendArgs(**{k: v for k, v in values.items() if k in frontend_fields})
         return _Arguments(engine, argparse.Namespace(**(vars(frontend) | vars(engine))))
@@ -120,21 +123,40 @@ def engine_arguments(model: ModelConfig, weights: Path, *, gpu: bool) -> dict[st
     }
     if model.parallel.workers > 1:
         # On GPUs each worker is a Ray actor in its own bundle of the replica's placement group, on whichever
-        # node it lies; vLLM's CPU platform needs the process executor to bind its threads.
+        # node it lies; vLLM's CPU platform has the process executor only.
         decided["distributed_executor_backend"] = "ray" if gpu else "mp"
     return safe | (presets.engine_args(preset) if preset else {}) | model.engine | decided
 
 
-def thread_binding(workers: int, cores: Sequence[int]) -> str:
-    """Cores of each CPU worker in vLLM's form, "0,1|2,3"; vLLM's own choice wants a NUMA node per worker.
+def cpu_environment(environ: Mapping[str, str], cpus: float, site_packages: Path) -> dict[str, str]:
+    """What a CPU engine's process has to find in its environment when it loads its libraries.
 
-    With fewer cores than workers nothing is bound and the system schedules.
+    OpenMP reads it once, and the forked worker inherits what was read. Threads are not pinned: several engines
+    share the cores of a machine, and vLLM's own choice would put each on the same ones. An operator who sets
+    VLLM_CPU_OMP_THREADS_BIND gets vLLM's pinning, and workers that are spawned for it.
     """
-    share = len(cores) // workers
-    if share == 0:
-        return "nobind"
-    slices = (cores[rank * share : (rank + 1) * share] for rank in range(workers))
-    return "|".join(",".join(map(str, part)) for part in slices)
+    preload = [str(library) for library in sorted(site_packages.glob("torch/lib/libgomp*.so*"))[:1]]
+    if known := environ.get("LD_PRELOAD"):
+        preload.append(known)
+    return {
+        BINDING: environ.get(BINDING, "nobind"),
+        # Ray sets the variable too, by its own rule.
+        "OMP_NUM_THREADS": str(max(1, int(cpus))),
+        "LD_PRELOAD": ":".join(preload),
+    }
+
+
+def start_method(environ: Mapping[str, str]) -> str:
+    """How a CPU engine starts its core and workers; only a spawned worker takes a binding of its own."""
+    return "fork" if environ.get(BINDING, "nobind") == "nobind" else "spawn"
+
+
+def _import_before_the_fork() -> None:
+    """What the core and the workers import, imported where all of them inherit it."""
+    import vllm.v1.engine.core
+    import vllm.v1.executor.multiproc_executor
+    import vllm.v1.worker.cpu_model_runner
+    import vllm.v1.worker.cpu_worker  # noqa: F401
 
 
 def _suggest(name: str, known: set[str]) -> str:

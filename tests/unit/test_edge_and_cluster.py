@@ -13,8 +13,7 @@ from serving.cli import state
 from serving.cli.overview import rows
 from serving.cluster.haproxy import ERRORS, EdgeLimits, harden, write_error_files
 from serving.cluster.processes import descendants, end_descendants, free_port, port_is_free
-from serving.engine.start_turn import turns
-from serving.engine.vllm_engine import thread_binding
+from serving.engine.vllm_engine import cpu_environment, start_method
 from serving.metrics.table import TABLE
 from serving.routing.policies import less_loaded_of_two
 from serving.routing.replicas import Endpoint, ReplicaSet
@@ -133,11 +132,17 @@ def test_free_port_skips_a_taken_one() -> None:
         assert free_port("127.0.0.1", port) > port
 
 
-def test_threads_are_split_between_cpu_workers() -> None:
-    assert thread_binding(2, [0, 1]) == "0|1"
-    assert thread_binding(2, [4, 5, 6, 7]) == "4,5|6,7"
-    assert thread_binding(4, [0, 1]) == "nobind"
-    assert [turns(cores) for cores in (1, 2, 4, 32)] == [1, 1, 2, 16]
+def test_a_cpu_engine_finds_its_threads_in_the_environment(tmp_path: Path) -> None:
+    library = tmp_path / "torch" / "lib" / "libgomp.so.1"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    found = cpu_environment({"OMP_NUM_THREADS": "64", "LD_PRELOAD": "/lib/other.so"}, 2.0, tmp_path)
+    assert found["OMP_NUM_THREADS"] == "2"  # what the model was given, not what Ray set
+    assert found["LD_PRELOAD"] == f"{library}:/lib/other.so"
+    assert start_method(found) == "fork"
+    # Pinning is the operator's to ask for, and only a spawned worker takes it.
+    pinned = cpu_environment({"VLLM_CPU_OMP_THREADS_BIND": "0-3|4-7"}, 0.5, tmp_path)
+    assert (start_method(pinned), pinned["OMP_NUM_THREADS"]) == ("spawn", "1")
 
 
 def test_state_is_private_and_read_back(tmp_path: Path) -> None:
