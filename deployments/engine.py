@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol
 
-from serving.cluster.ray import HOST, PID, PORT, bind_loopback, cluster_address, node_ip, own_placement_group
+from serving.cluster.placement import cluster_address, own_placement_group
+from serving.cluster.ray import HOST, PID, PORT, bind_loopback, node_ip
 from serving.config import ModelConfig
 from serving.engine.fake.replica import FakeEngine
 from serving.engine.host_spec import HostSpec, RayPlacement

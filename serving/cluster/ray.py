@@ -17,7 +17,6 @@ import ray
 from ray import serve
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray._common.utils import import_attr
-from ray._raylet import PlacementGroupID
 from ray.serve._private import replica
 from ray.serve._private.common import DeploymentID, DeploymentTargetInfo
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
@@ -25,7 +24,6 @@ from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 from ray.serve.api import RunTarget, run_many
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
-from ray.util.placement_group import PlacementGroup
 
 from serving.errors import ClusterError
 from serving.routing.replicas import Endpoint
@@ -112,24 +110,6 @@ def bind_loopback() -> None:
 def node_ip() -> str:
     """Address of this node towards the others."""
     return str(ray.util.get_node_ip_address())
-
-
-def cluster_address() -> str:
-    """Where a process outside Ray joins this cluster."""
-    return str(ray.get_runtime_context().gcs_address)
-
-
-def own_placement_group() -> str:
-    """The id of the placement group that this actor runs in; ClusterError where it runs in none."""
-    group = ray.util.get_current_placement_group()
-    if group is None:
-        raise ClusterError("this replica was deployed without a placement group")
-    return str(group.id.hex())
-
-
-def placement_group(group_id: str) -> PlacementGroup:
-    """The placement group of an id, also in a process that has not joined the cluster yet."""
-    return PlacementGroup(PlacementGroupID.from_hex(group_id))
 
 
 @dataclass(frozen=True, slots=True)

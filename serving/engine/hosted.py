@@ -49,9 +49,7 @@ class HostedEngine:
         finally:
             os.close(writable)
         with os.fdopen(readable) as replies:
-            assert self._process.stdin is not None
-            self._process.stdin.write(spec.model_dump_json().encode() + b"\n")
-            self._process.stdin.flush()
+            self._tell(self._process, spec)
             try:
                 async with asyncio.timeout(self._model.start_timeout_s):
                     line = await asyncio.to_thread(replies.readline)
@@ -82,6 +80,13 @@ class HostedEngine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    @staticmethod
+    def _tell(process: subprocess.Popen[bytes], spec: HostSpec) -> None:
+        # The pipe stays open: its end tells the process that this replica is gone.
+        if process.stdin is not None:
+            process.stdin.write(spec.model_dump_json().encode() + b"\n")
+            process.stdin.flush()
 
     def _ask_health(self) -> None:
         host = f"[{self.host}]" if ":" in self.host else self.host

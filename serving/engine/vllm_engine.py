@@ -50,7 +50,7 @@ class VllmEngine:
         try:
             config = args.engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
             if self._placement is not None:
-                from serving.cluster.ray import placement_group
+                from serving.cluster.placement import placement_group
 
                 os.environ["RAY_ADDRESS"] = self._placement.address
                 config.parallel_config.placement_group = placement_group(self._placement.group)
