@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -44,12 +45,15 @@ def main() -> int:
 
 
 async def _serve(spec: HostSpec, reply_fd: int) -> int:
+    # Nothing of what an import makes is garbage; vLLM turns collection on again when it freezes its heap.
+    gc.disable()
     engine = VllmEngine(spec)
     try:
         app = await engine.start()
         server = PrivateServer(app, host=spec.host, token=spec.token)
         engine.attach(server.server)
         await server.start()
+        gc.enable()
         await asyncio.to_thread(warm_up, f"http://{spec.host}:{server.port}", spec.token, spec.model)
     except GalerneError as error:
         _reply(reply_fd, {"error": str(error)})

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import gc
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,6 +158,9 @@ def _import_before_the_fork() -> None:
     import vllm.v1.executor.multiproc_executor
     import vllm.v1.worker.cpu_model_runner
     import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    # No collection, here or in a fork, walks these objects again and so copies their pages.
+    gc.freeze()
 
 
 def _suggest(name: str, known: set[str]) -> str:
