@@ -48,6 +48,8 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = self._arguments()
+        if not self._gpu:
+            _inspect_models_here()
         try:
             config = args.engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
             if self._placement is not None:
@@ -150,6 +152,17 @@ def cpu_environment(environ: Mapping[str, str], cpus: float, site_packages: Path
 def start_method(environ: Mapping[str, str]) -> str:
     """How a CPU engine starts its core and workers; only a spawned worker takes a binding of its own."""
     return "fork" if environ.get(BINDING, "nobind") == "nobind" else "spawn"
+
+
+def _inspect_models_here() -> None:
+    """Read a model class's traits in this process.
+
+    vLLM imports itself in a further process to keep CUDA out of this one, and remembers the answer on disk: without
+    CUDA that is a second import of vLLM at the first start of every model.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def _import_before_the_fork() -> None:
