@@ -74,7 +74,7 @@ def _actor_options(model: ModelConfig, *, gpu: bool) -> dict[str, float]:
 
     A single worker runs inside the replica and takes its GPU; several are Ray actors that take theirs.
     """
-    options = {"num_cpus": model.resources.cpus}
+    options = {"num_cpus": model.resources.logical_cpus}
     if gpu and model.parallel.workers == 1:
         options["num_gpus"] = model.resources.gpus
     return options
@@ -83,7 +83,7 @@ def _actor_options(model: ModelConfig, *, gpu: bool) -> dict[str, float]:
 def bundles(model: ModelConfig, *, gpu: bool) -> list[dict[str, float]]:
     """One placement-group bundle per worker of a replica."""
     resources = model.resources
-    bundle: dict[str, float] = {"CPU": resources.cpus}
+    bundle: dict[str, float] = {"CPU": resources.logical_cpus}
     if gpu:
         bundle["GPU"] = resources.gpus
         if resources.accelerator_type:

@@ -133,13 +133,19 @@ class ResourcesConfig(Frozen):
 
     # auto: a GPU where vLLM's CUDA build is installed and Ray sees GPUs, else CPU.
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    cpus: Annotated[float, Field(gt=0)] = 1.0
+    # CPUs that Ray counts for it (1 where absent). A CPU engine computes on so many threads, or on all cores.
+    cpus: Annotated[float, Field(gt=0)] | None = None
     # A fraction shares one GPU between replicas.
     gpus: Annotated[float, Field(gt=0)] = 1.0
     # Ray's accelerator type, e.g. "H100", "A100", "L4": the worker group that must hold it.
     accelerator_type: str | None = None
     # Size of the KV cache of a CPU engine, GiB.
     cpu_kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def logical_cpus(self) -> float:
+        """What Ray counts for one worker."""
+        return 1.0 if self.cpus is None else self.cpus
 
 
 class SloConfig(Frozen):

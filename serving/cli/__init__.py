@@ -38,7 +38,8 @@ DEMO_KEY = "sk-demo-press"
 DEFAULT_PORT = 8000
 REFRESH_S = 1.0
 
-console = Console()
+# On the stream of today, so that what libraries print can be sent elsewhere and ours not.
+console = Console(file=sys.stdout)
 errors = Console(stderr=True)
 
 ConfigArgument = Annotated[

@@ -293,7 +293,9 @@ def _refuse_taken_ports(config: GalerneConfig) -> None:
 
 def _logical_cpus(config: GalerneConfig) -> float:
     """What the deployments ask Ray for; on a small machine more than there are cores, which Ray only counts."""
-    engines = sum(m.resources.cpus * m.parallel.workers * (m.replicas.max or m.replicas.min) for m in config.models)
+    engines = sum(
+        m.resources.logical_cpus * m.parallel.workers * (m.replicas.max or m.replicas.min) for m in config.models
+    )
     return max(float(os.cpu_count() or 1), engines + config.gateway.cpus * config.gateway.replicas + 1)
 
 
@@ -320,7 +322,8 @@ def _named(pids: set[int], name: str) -> list[int]:
 def _take_down(cluster: LocalCluster, plan: Plan, console: Console) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _at_once)
-    with console.status("stopping"):
+    # Ray reports its own processes' deaths; here all of them are wanted.
+    with console.status("stopping"), contextlib.redirect_stdout(None):
         # A replica that hangs must not keep the rest alive: the descendants are ended in any case.
         _within(cluster.stop, STOP_WAIT_S)
         processes.end_descendants(os.getpid())

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from serving.config import ModelConfig
+from serving.engine import on_cpu
 from serving.engine.host_spec import HostSpec
 from serving.errors import EngineError
 
@@ -102,9 +103,7 @@ class HostedEngine:
 def _environment(spec: HostSpec) -> dict[str, str]:
     if spec.gpu:
         return {}
-    from serving.engine.vllm_engine import cpu_environment
-
     torch = importlib.util.find_spec("torch")  # found, not imported
     if torch is None or torch.origin is None:
         raise EngineError("PyTorch is not installed: `make install` installs the engine")
-    return cpu_environment(os.environ, spec.model.resources.cpus, Path(torch.origin).parent.parent)
+    return on_cpu.environment(os.environ, on_cpu.threads(spec.model), Path(torch.origin).parent.parent)

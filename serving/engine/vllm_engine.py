@@ -12,21 +12,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import gc
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from serving.config import ModelConfig
-from serving.engine import presets
+from serving.engine import on_cpu, presets
 from serving.engine.host_spec import HostSpec
 from serving.engine.private_server import App
 from serving.errors import EngineError
 
 GIB = 1024**3
-START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
-BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 class VllmEngine:
@@ -49,7 +45,7 @@ class VllmEngine:
 
         args = self._arguments()
         if not self._gpu:
-            _inspect_models_here()
+            on_cpu.inspect_models_here()
         try:
             config = args.engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
             if self._placement is not None:
@@ -58,8 +54,7 @@ class VllmEngine:
                 os.environ["RAY_ADDRESS"] = self._placement.address
                 config.parallel_config.placement_group = placement_group(self._placement.group)
             elif not self._gpu:
-                os.environ[START_METHOD] = start_method(os.environ)
-                _import_before_the_fork()
+                on_cpu.prepare_fork(os.environ)
             self._client = AsyncLLM.from_vllm_config(
                 vllm_config=config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
@@ -118,6 +113,7 @@ def engine_arguments(model: ModelConfig, weights: Path, *, gpu: bool) -> dict[st
         safe["runner"] = "pooling"
     if not gpu:
         safe["kv_cache_memory_bytes"] = int(model.resources.cpu_kv_cache_gib * GIB)
+        safe["dtype"] = on_cpu.dtype(on_cpu.processor_flags())
     decided: dict[str, Any] = {
         "model": str(weights),
         "served_model_name": [model.id],
@@ -129,51 +125,6 @@ def engine_arguments(model: ModelConfig, weights: Path, *, gpu: bool) -> dict[st
         # node it lies; vLLM's CPU platform has the process executor only.
         decided["distributed_executor_backend"] = "ray" if gpu else "mp"
     return safe | (presets.engine_args(preset) if preset else {}) | model.engine | decided
-
-
-def cpu_environment(environ: Mapping[str, str], cpus: float, site_packages: Path) -> dict[str, str]:
-    """What a CPU engine's process has to find in its environment when it loads its libraries.
-
-    OpenMP reads it once, and the forked worker inherits what was read. Threads are not pinned: several engines
-    share the cores of a machine, and vLLM's own choice would put each on the same ones. An operator who sets
-    VLLM_CPU_OMP_THREADS_BIND gets vLLM's pinning, and workers that are spawned for it.
-    """
-    preload = [str(library) for library in sorted(site_packages.glob("torch/lib/libgomp*.so*"))[:1]]
-    if known := environ.get("LD_PRELOAD"):
-        preload.append(known)
-    return {
-        BINDING: environ.get(BINDING, "nobind"),
-        # Ray sets the variable too, by its own rule.
-        "OMP_NUM_THREADS": str(max(1, int(cpus))),
-        "LD_PRELOAD": ":".join(preload),
-    }
-
-
-def start_method(environ: Mapping[str, str]) -> str:
-    """How a CPU engine starts its core and workers; only a spawned worker takes a binding of its own."""
-    return "fork" if environ.get(BINDING, "nobind") == "nobind" else "spawn"
-
-
-def _inspect_models_here() -> None:
-    """Read a model class's traits in this process.
-
-    vLLM imports itself in a further process to keep CUDA out of this one, and remembers the answer on disk: without
-    CUDA that is a second import of vLLM at the first start of every model.
-    """
-    from vllm.model_executor.models import registry
-
-    registry._run_in_subprocess = lambda inspect: inspect()
-
-
-def _import_before_the_fork() -> None:
-    """What the core and the workers import, imported where all of them inherit it."""
-    import vllm.v1.engine.core
-    import vllm.v1.executor.multiproc_executor
-    import vllm.v1.worker.cpu_model_runner
-    import vllm.v1.worker.cpu_worker  # noqa: F401
-
-    # No collection, here or in a fork, walks these objects again and so copies their pages.
-    gc.freeze()
 
 
 def _suggest(name: str, known: set[str]) -> str:

@@ -13,7 +13,8 @@ from serving.cli import state
 from serving.cli.overview import rows
 from serving.cluster.haproxy import ERRORS, EdgeLimits, harden, write_error_files
 from serving.cluster.processes import descendants, end_descendants, free_port, port_is_free
-from serving.engine.vllm_engine import cpu_environment, start_method
+from serving.config import ModelConfig
+from serving.engine import on_cpu
 from serving.metrics.table import TABLE
 from serving.routing.policies import less_loaded_of_two
 from serving.routing.replicas import Endpoint, ReplicaSet
@@ -136,13 +137,41 @@ def test_a_cpu_engine_finds_its_threads_in_the_environment(tmp_path: Path) -> No
     library = tmp_path / "torch" / "lib" / "libgomp.so.1"
     library.parent.mkdir(parents=True)
     library.touch()
-    found = cpu_environment({"OMP_NUM_THREADS": "64", "LD_PRELOAD": "/lib/other.so"}, 2.0, tmp_path)
+    found = on_cpu.environment({"OMP_NUM_THREADS": "64", "LD_PRELOAD": "/lib/other.so"}, 2, tmp_path)
     assert found["OMP_NUM_THREADS"] == "2"  # what the model was given, not what Ray set
     assert found["LD_PRELOAD"] == f"{library}:/lib/other.so"
-    assert start_method(found) == "fork"
+    assert on_cpu.start_method(found) == "fork"
     # Pinning is the operator's to ask for, and only a spawned worker takes it.
-    pinned = cpu_environment({"VLLM_CPU_OMP_THREADS_BIND": "0-3|4-7"}, 0.5, tmp_path)
-    assert (start_method(pinned), pinned["OMP_NUM_THREADS"]) == ("spawn", "1")
+    pinned = on_cpu.environment({"VLLM_CPU_OMP_THREADS_BIND": "0-3|4-7"}, 1, tmp_path)
+    assert on_cpu.start_method(pinned) == "spawn"
+
+
+def test_threads_are_what_the_model_was_given_or_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+
+    def count(**fields: object) -> int:
+        return on_cpu.threads(ModelConfig.model_validate({"id": "m", "source": "random:mistral"} | fields))
+
+    assert count() == 8
+    assert count(parallel={"tensor": 2}) == 4
+    assert count(parallel={"tensor": 16}) == 1
+    assert count(resources={"cpus": 2.5}) == 2
+    assert count(resources={"cpus": 0.1}) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512_bf16", "bfloat16"),
+        ("Features\t: fp asimd bf16", "bfloat16"),
+        ("flags\t\t: fpu avx avx2", "float32"),
+        ("model name\t: something bf16", "float32"),
+    ],
+)
+def test_the_number_format_is_one_that_the_processor_has(line: str, expected: str, tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\n{line}\n")
+    assert on_cpu.dtype(on_cpu.processor_flags(cpuinfo)) == expected
 
 
 def test_state_is_private_and_read_back(tmp_path: Path) -> None:
