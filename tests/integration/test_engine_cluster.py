@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,6 +226,41 @@ def test_a_tenant_sees_its_own_models(engine_cluster: RunningCluster) -> None:
 
 def test_vllm_metrics_are_scrapeable(engine_cluster: RunningCluster) -> None:
     assert engine_cluster.engine_metric(CHAT, "vllm:generation_tokens_total") > 0
+
+
+ROUTES_PROGRAM = """
+import argparse, json
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import FrontendArgs
+args = argparse.Namespace(**(vars(FrontendArgs()) | vars(AsyncEngineArgs(model="m"))))
+app = build_app(args, ("generate", "embed", "score", "classify", "transcription", "realtime", "render"), None)
+print(json.dumps([[m, r.path] for r in app.routes for m in sorted(getattr(r, "methods", None) or ())]))
+"""
+SERVED = {
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank", "/v1/score"),
+    *("/tokenize", "/detokenize", "/v1/models", "/version"),
+}
+OPEN_TO_THE_NODE = {"/health", "/metrics"}
+
+
+def test_every_other_route_of_vllm_is_404_and_its_port_asks_for_the_token(engine_cluster: RunningCluster) -> None:
+    listed = subprocess.run(
+        [sys.executable, "-c", ROUTES_PROGRAM], capture_output=True, text=True, check=True, timeout=240
+    ).stdout.splitlines()[-1]
+    routes = [(method, path.replace("{response_id}", "resp_1")) for method, path in json.loads(listed)]
+    assert len(routes) > 25  # vLLM's own list, not an empty one
+    key = {"authorization": f"Bearer {KEY}"}
+    with (
+        httpx.Client(base_url=engine_cluster.url, headers=key, timeout=30) as front,
+        httpx.Client(base_url=engine_cluster.engine_url(CHAT), timeout=30) as engine,
+    ):
+        for method, path in routes:
+            if path not in SERVED:
+                for variant in (path, f"{path}/", f"/{path}", f"/v1/..{path}", path.replace("/", "/%2e/", 1)):
+                    assert front.request(method, variant, json={}).status_code == 404, (method, variant)
+            if path not in OPEN_TO_THE_NODE:
+                assert engine.request(method, path, json={}).status_code == 403, (method, path)
 
 
 # Last: it kills an engine core that the other tests need.
