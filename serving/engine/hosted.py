@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
@@ -11,14 +12,16 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from serving.config import ModelConfig
 from serving.engine import on_cpu
 from serving.engine.host_spec import HostSpec
 from serving.errors import EngineError
 
+PROGRAM = ("-m", "serving.engine.host")
 HEALTH_TIMEOUT_S = 8.0
 # Beyond the drain, for the core to end; then the process is killed.
 STOP_MARGIN_S = 10.0
@@ -27,10 +30,13 @@ STOP_MARGIN_S = 10.0
 class HostedEngine:
     """Starts an engine's process, watches it, drains and ends it."""
 
-    def __init__(self, model: ModelConfig, host: str, spec: Callable[[], HostSpec]) -> None:
+    def __init__(
+        self, model: ModelConfig, host: str, spec: Callable[[], HostSpec], program: Sequence[str] = PROGRAM
+    ) -> None:
         """`spec` is asked for when the engine starts: it may prepare weights first."""
         self._model = model
         self._spec = spec
+        self._program = program
         self._process: subprocess.Popen[bytes] | None = None
         self.host = host
         self.port = 0
@@ -40,30 +46,42 @@ class HostedEngine:
         spec = await asyncio.to_thread(self._spec)
         readable, writable = os.pipe()
         try:
-            self._process = subprocess.Popen(  # noqa: ASYNC220, S603 - this interpreter; it does not wait
-                [sys.executable, "-m", "serving.engine.host", str(writable)],
+            process = subprocess.Popen(  # noqa: ASYNC220, S603 - this interpreter; it does not wait
+                [sys.executable, *self._program, str(writable)],
                 stdin=subprocess.PIPE,
+                bufsize=0,
                 pass_fds=(writable,),
                 env=os.environ | _environment(spec),
                 start_new_session=True,
             )
         finally:
             os.close(writable)
-        with os.fdopen(readable) as replies:
-            self._tell(self._process, spec)
-            try:
-                async with asyncio.timeout(self._model.start_timeout_s):
-                    line = await asyncio.to_thread(replies.readline)
-            except TimeoutError:
-                self._process.kill()
-                raise EngineError(
-                    f"model {self._model.id!r} did not start within {self._model.start_timeout_s:.0f} s "
-                    "(start_timeout_s)"
-                ) from None
-        reply = json.loads(line) if line else {"error": f"the engine's process ended with {self._process.wait()}"}
+        self._process = process
+        try:
+            with os.fdopen(readable) as replies:
+                self.port = await self._reply(process, spec, replies)
+        except BaseException:
+            _end(process)
+            raise
+
+    async def _reply(self, process: subprocess.Popen[bytes], spec: HostSpec, replies: TextIO) -> int:
+        if process.stdin is not None:
+            # The pipe stays open: its end tells the process that this replica is gone.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(spec.model_dump_json().encode() + b"\n")
+        waiting = asyncio.create_task(asyncio.to_thread(replies.readline))
+        done, _ = await asyncio.wait({waiting}, timeout=self._model.start_timeout_s)
+        if not done:
+            process.kill()  # which ends the thread's reading
+            await waiting
+            raise EngineError(
+                f"model {self._model.id!r} did not start within {self._model.start_timeout_s:.0f} s (start_timeout_s)"
+            )
+        line = waiting.result()
+        reply = json.loads(line) if line else {"error": f"the engine's process ended with {process.wait()}"}
         if "error" in reply:
             raise EngineError(f"vLLM cannot start model {self._model.id!r}: {reply['error']}")
-        self.port = int(reply["port"])
+        return int(reply["port"])
 
     async def check_health(self) -> None:
         """Raise EngineError when the process or its core has died, or does not answer in time."""
@@ -73,21 +91,12 @@ class HostedEngine:
 
     async def stop(self) -> None:
         """Let streams in flight finish within the model's bound, then end the process."""
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None:
             return
         self._process.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(self._process.wait, self._model.drain_timeout_s + STOP_MARGIN_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    @staticmethod
-    def _tell(process: subprocess.Popen[bytes], spec: HostSpec) -> None:
-        # The pipe stays open: its end tells the process that this replica is gone.
-        if process.stdin is not None:
-            process.stdin.write(spec.model_dump_json().encode() + b"\n")
-            process.stdin.flush()
+        _end(self._process)
 
     def _ask_health(self) -> None:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -98,6 +107,13 @@ class HostedEngine:
             raise EngineError(f"the engine of model {self._model.id!r} reports {error.code}") from None
         except OSError as error:
             raise EngineError(f"the engine of model {self._model.id!r} does not answer: {error}") from None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _environment(spec: HostSpec) -> dict[str, str]:

@@ -263,6 +263,21 @@ def test_every_other_route_of_vllm_is_404_and_its_port_asks_for_the_token(engine
                 assert engine.request(method, path, json={}).status_code == 403, (method, path)
 
 
+# Late: it kills a replica that the other tests need.
+def test_zy_a_killed_replica_takes_its_engine_with_it_and_is_replaced(engine_cluster: RunningCluster) -> None:
+    (before,) = engine_cluster.state()["engines"][EMBED]
+    replica = psutil.Process(before["pid"])
+    engine = replica.children(recursive=True)
+    assert len(engine) >= 3, engine  # the host, its core, a worker
+    replica.kill()
+    _, left = psutil.wait_procs(engine, timeout=30)
+    assert not left
+    deadline_s = time.monotonic() + 300
+    while [e["replica_id"] for e in engine_cluster.state()["engines"][EMBED]] in ([], [before["replica_id"]]):
+        assert time.monotonic() < deadline_s, "the killed replica was not replaced"
+        time.sleep(0.5)
+
+
 # Last: it kills an engine core that the other tests need.
 def test_zz_a_dead_engine_core_is_noticed_and_replaced(engine_cluster: RunningCluster, client: OpenAI) -> None:
     (before,) = engine_cluster.state()["engines"][PARALLEL]
