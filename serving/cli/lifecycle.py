@@ -41,6 +41,7 @@ ENGINE_MODULES = ("vllm.v1.engine.async_llm", "vllm.entrypoints.launchers.app", 
 FALLBACK_PORT = 8500
 STOP_WAIT_S = 15.0
 POLL_S = 0.25
+REAP_S = 2.0
 FAILED_STATUSES = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
 
 
@@ -162,6 +163,8 @@ class _Session:
         from serving.cluster.ray import ReplicaWatch
 
         deployments = {m.id: deployment_name(m.id) for m in self._plan.config.models}
+        # Ray waits for its own processes itself.
+        own, reap_s = processes.children(os.getpid()), 0.0
         watch = ReplicaWatch(
             APP,
             deployments | {"": GATEWAY},
@@ -186,6 +189,9 @@ class _Session:
                 self._announce()
             while not self._stop.is_set():
                 await asyncio.sleep(POLL_S)
+                if time.monotonic() >= reap_s:
+                    processes.reap_orphans(own)
+                    reap_s = time.monotonic() + REAP_S
         finally:
             watch.stop()
         return 0

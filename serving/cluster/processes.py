@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -52,6 +52,34 @@ def descendants(root: int, proc: Path = Path("/proc")) -> set[int]:
             found.add(child)
             queue.append(child)
     return found
+
+
+def reap_orphans(own: Collection[int], proc: Path = Path("/proc")) -> None:
+    """Take note of ended children that this process did not start itself; `own` are those that it did.
+
+    A reaper that does not would collect one zombie for every process whose parent died.
+    """
+    for entry in proc.iterdir():
+        if not entry.name.isdigit() or int(entry.name) in own:
+            continue
+        try:
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if state == "Z" and int(parent) == os.getpid():
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(int(entry.name), os.WNOHANG)
+
+
+def children(root: int, proc: Path = Path("/proc")) -> frozenset[int]:
+    """Process ids of the direct children of `root`, ended ones included."""
+    found = set()
+    for entry in proc.iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == root:
+                    found.add(int(entry.name))
+    return frozenset(found)
 
 
 def end_descendants(root: int, clock: Callable[[], float] = time.monotonic) -> int:

@@ -122,6 +122,24 @@ assert descendants(os.getpid()) == set()
     assert callable(end_descendants)
 
 
+def test_a_reaper_takes_only_what_others_left() -> None:
+    program = """
+import os, subprocess, sys, time
+from serving.cluster.processes import become_reaper, children, reap_orphans
+become_reaper()
+own = subprocess.Popen(["true"])
+# Its child outlives it and then ends: an orphan of ours.
+subprocess.run(["sh", "-c", "sleep 0.2 & exit 0"])
+time.sleep(0.8)
+before = children(os.getpid())
+reap_orphans({own.pid})
+left = children(os.getpid())
+print(len(before), left == {own.pid}, own.wait())
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.split() == ["2", "True", "0"]
+
+
 def test_free_port_skips_a_taken_one() -> None:
     import socket
 
