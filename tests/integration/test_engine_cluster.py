@@ -197,6 +197,7 @@ def test_a_client_that_leaves_frees_the_engine(engine_cluster: RunningCluster) -
             headers={"authorization": f"Bearer {KEY}"},
         ) as stream,
     ):
+        assert stream.status_code == 200, stream.read()
         next(stream.iter_lines())
         deadline_s = time.monotonic() + 20
         while running() < 1 and time.monotonic() < deadline_s:
