@@ -69,7 +69,7 @@ class Tally:
         return None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Flight:
     """A request that has a task and no record yet."""
 
