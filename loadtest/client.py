@@ -21,6 +21,7 @@ from loadtest.sse import DETAIL_BYTES, EventStream
 CONNECT_TIMEOUT_S = 10.0
 
 _OK = 200
+_RETRY_AFTER = b"retry-after"
 _NS = 1e9
 
 
@@ -32,6 +33,7 @@ class FailureKind(StrEnum):
     BROKEN_STREAM = "broken_stream"  # an answer that is no whole event stream: cut, malformed, without [DONE]
     SSE_ERROR = "sse_error"  # an error event within a stream
     TIMEOUT = "timeout"  # not at its end in time
+    INTERRUPTED = "interrupted"  # in flight when a person ended the run; not the target's doing
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class RequestResult:
     completion_tokens: int | None
     prompt_tokens: int | None
     failure: Failure | None
+    # The Retry-After header as it came; a refusal that has one is meant.
+    retry_after: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -82,13 +86,14 @@ class RequestResult:
 class _Exchange:
     """One request in flight: what has come of its response so far."""
 
-    __slots__ = ("body", "response_ns", "result", "send_ns", "status", "stream")
+    __slots__ = ("body", "response_ns", "result", "retry_after", "send_ns", "status", "stream")
 
     def __init__(self, send_ns: int, result: asyncio.Future[RequestResult]) -> None:
         self.send_ns = send_ns
         self.result = result
         self.response_ns: int | None = None
         self.status: int | None = None
+        self.retry_after: str | None = None
         self.stream = EventStream()
         self.body = b""
 
@@ -106,6 +111,7 @@ class _Exchange:
                 completion_tokens=self.stream.completion_tokens,
                 prompt_tokens=self.stream.prompt_tokens,
                 failure=failure or self._own_failure(),
+                retry_after=self.retry_after,
             )
         )
 
@@ -153,6 +159,11 @@ class _Connection(asyncio.Protocol):
             self.closed.set_result(None)
 
     # httptools' callbacks, all within data_received
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # By its length first: of all the headers of an answer one at most is looked at.
+        if len(name) == len(_RETRY_AFTER) and name.lower() == _RETRY_AFTER and self.exchange is not None:
+            self.exchange.retry_after = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         if self.exchange is not None:
@@ -211,12 +222,13 @@ class StreamClient:
         self._port = port
         self._clock_ns = clock_ns
         self._connection: _Connection | None = None
+        self._result: asyncio.Future[RequestResult] | None = None
         # Connections made so far: more than one means that the server closes between requests.
         self.connects = 0
 
     async def open(self) -> None:
         """Connect unless connected, so that no request pays for it. Raises OSError, TimeoutError."""
-        if self._connection is not None and self._connection.is_open:
+        if self.is_open:
             return
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -237,7 +249,7 @@ class StreamClient:
         connection = self._connection
         if connection is None or not connection.is_open:
             return self._not_connected(None)
-        result = connection.send(raw)
+        self._result = result = connection.send(raw)
         expiry = asyncio.get_running_loop().call_later(
             timeout_s, connection.fail, FailureKind.TIMEOUT, f"not finished after {timeout_s:g} s"
         )
@@ -247,7 +259,35 @@ class StreamClient:
             connection.close()
             raise
         finally:
+            self._result = None
             expiry.cancel()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a request could be sent now without connecting."""
+        return self._connection is not None and self._connection.is_open
+
+    @property
+    def content_events(self) -> int:
+        """Content events of the request in flight so far; 0 without one."""
+        exchange = self._connection.exchange if self._connection is not None else None
+        return len(exchange.stream.content_ns) if exchange is not None else 0
+
+    def cut(self, kind: FailureKind, detail: str) -> bool:
+        """End the request in flight with this failure, keeping what came of it; False where none was sent.
+
+        One whose result is there already keeps it.
+        """
+        if self._result is None or self._connection is None:
+            return False
+        if not self._result.done():
+            self._connection.fail(kind, detail)
+        return True
+
+    def drop(self) -> None:
+        """Close the connection without waiting for it."""
+        if self._connection is not None:
+            self._connection.close()
 
     async def close(self) -> None:
         """Close the connection and wait until it is."""

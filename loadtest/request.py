@@ -17,6 +17,8 @@ from loadtest.errors import LoadtestError
 
 CHAT_PATH = "/v1/chat/completions"
 ENGINE_TOKEN_HEADER = "X-Galerne-Engine-Token"  # noqa: S105  # the name of a header
+# Requests of one conversation carry the same value; a router may use it for prefix affinity.
+SESSION_HEADER = "x-session-id"
 
 _NONCE_DIGITS = 12
 # Stands in the prompt for the number; not a character that JSON escapes.
@@ -86,6 +88,28 @@ def chat_templates(
     )
 
 
+def chat_message(target: Target, *, model: str, prompt: str, output_tokens: int, session: str | None = None) -> bytes:
+    """One whole streaming chat request, greedy, of exactly `output_tokens` tokens, usage asked for.
+
+    The prompt is sent as it is: nothing makes it unique, so what an engine has cached of it counts.
+    Raises LoadtestError for a session that cannot be a header's value.
+    """
+    payload = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": output_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if session is None:
+        return _message(target, payload)
+    if not session.isascii() or not session.isprintable():
+        raise LoadtestError(f"session {session!r} cannot be sent as a header; use printable ASCII")
+    return _message(target, payload, f"{SESSION_HEADER}: {session}")
+
+
 def filler(size_bytes: int) -> str:
     """Plain text that makes, with the number in front of it, a prompt of `size_bytes`."""
     room = size_bytes - _NONCE_DIGITS - 1
@@ -95,6 +119,11 @@ def filler(size_bytes: int) -> str:
 
 
 def _template(target: Target, payload: Mapping[str, Any]) -> RequestTemplate:
+    head, tail = _message(target, payload).split(_NONCE_MARK.encode())
+    return RequestTemplate(head=head, tail=tail)
+
+
+def _message(target: Target, payload: Mapping[str, Any], *headers: str) -> bytes:
     body = json.dumps(payload, separators=(",", ":")).encode()
     lines = [
         f"POST {CHAT_PATH} HTTP/1.1",
@@ -102,11 +131,10 @@ def _template(target: Target, payload: Mapping[str, Any]) -> RequestTemplate:
         "Content-Type: application/json",
         "Accept: text/event-stream",
         f"Content-Length: {len(body)}",
+        *headers,
     ]
     if target.key is not None:
         lines.append(f"Authorization: Bearer {target.key}")
     if target.engine_token is not None:
         lines.append(f"{ENGINE_TOKEN_HEADER}: {target.engine_token}")
-    whole = "\r\n".join([*lines, "", ""]).encode() + body
-    head, tail = whole.split(_NONCE_MARK.encode())
-    return RequestTemplate(head=head, tail=tail)
+    return "\r\n".join([*lines, "", ""]).encode() + body
