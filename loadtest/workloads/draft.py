@@ -40,6 +40,8 @@ class Draft:
     # None: the stream's.
     tenant: str | None = None
     model: str | None = None
+    # A part of the stream's tenant, shown as TENANT/CLIENT; uses the tenant's key.
+    client: str | None = None
     session: str | None = None
 
 

@@ -65,8 +65,11 @@ class ServegenWorkload(Workload):
 
         Raises LoadtestError for a pool or a client that the tables do not hold.
         """
-        lengths = _lengths(setting, self.pool)
-        windows = _windows(setting, self.pool, lengths)
+        try:
+            lengths = _lengths(setting, self.pool)
+            windows = _windows(setting, self.pool, lengths)
+        except (KeyError, TypeError, ValueError) as error:
+            raise LoadtestError(f"{setting.data}: not the tables of servegen: {error!r}") from error
         chosen = self._chosen(windows, lengths)
         clients = (self._client(setting, client, windows.get(client, ()), lengths[client]) for client in chosen)
         yield from heapq.merge(*clients, key=lambda draft: draft.at_s or 0.0)
@@ -97,7 +100,7 @@ class ServegenWorkload(Workload):
                     prompt_tokens=_drawn(lengths["input_tokens"], rng.random()),
                     output_tokens=_drawn(lengths["output_tokens"], rng.random()),
                     write=partial(setting.text, f"servegen/{client}/{number}"),
-                    tenant=f"/{client}" if self.tenant_per_client else None,
+                    client=str(client) if self.tenant_per_client else None,
                 )
 
 
@@ -127,16 +130,16 @@ def _lengths(setting: Setting, pool: str) -> dict[int, _ClientLengths]:
 
 def _windows(setting: Setting, pool: str, known: Mapping[int, object]) -> dict[int, list[_Window]]:
     found: dict[int, list[_Window]] = {}
-    other_pools = True
+    pools = set()
     for row in _rows(setting, RATES_FILE):
+        pools.add(row["pool"])
         if row["pool"] != pool:
             continue
-        other_pools = False
         start_s, client = float(row["t_s"]), int(row["client"])
         if client in known and setting.from_s - WINDOW_S < start_s < setting.until_s:
             found.setdefault(client, []).append((start_s, float(row["rate_rps"]), float(row["cv"])))
-    if other_pools:
-        raise LoadtestError(f"there are no rates of pool {pool!r} in {RATES_FILE}; they are for m-mid and deepseek-r1")
+    if pool not in pools:
+        raise LoadtestError(f"there is no pool {pool!r} in {RATES_FILE}; allowed: {', '.join(sorted(pools))}")
     for windows in found.values():
         windows.sort()
     return found
