@@ -16,6 +16,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+# Gaps that vary by less than a hundredth of a per cent are a clock's; the shape parameter of a gamma distribution
+# grows with the square of 1/CV, beyond what it can be drawn with.
+_CLOCK_CV = 1e-4
+
 
 def constant(rate_rps: float) -> Iterator[float]:
     """One arrival every 1/rate seconds, the first at 0. Raises ValueError for a rate that is not above 0."""
@@ -37,7 +41,7 @@ def gamma(rate_rps: float, cv: float, rng: random.Random) -> Iterator[float]:
     (Cox, Renewal Theory, 1962). Raises ValueError for a rate that is not above 0 or a CV below 0.
     """
     _check(rate_rps, cv)
-    if cv == 0:
+    if cv < _CLOCK_CV:
         phase = rng.random()
         return ((count + phase) / rate_rps for count in itertools.count())
     shape, scale = 1 / cv**2, cv**2 / rate_rps

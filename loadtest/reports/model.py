@@ -1,12 +1,13 @@
 """What every report is made from: a run with its records, its targets, and the figures of both.
 
 Figures leave warm-up requests out. Latencies count from a request's scheduled time; each is of those requests that
-had one: time to first token of every request that brought content, time between tokens of all gaps seen, end-to-end
-time of completed requests.
+had one: time to first token (TTFT) of every request that brought content, time between tokens (ITL) of all gaps seen,
+mean time per output token after the first (TPOT) and end-to-end time (E2E) of completed requests.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,9 +20,9 @@ from loadtest.records import Outcome, Record
 from loadtest.stats import quantiles
 
 Figure = float | int | None
-LATENCIES = {"ttft": "TTFT", "itl": "ITL", "e2e": "E2E"}
+LATENCIES = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E"}
 LEVELS = (0.5, 0.95, 0.99)
-_LATENCY = re.compile(r"(ttft|itl|e2e)_p([1-9][0-9]?)_s")
+_LATENCY = re.compile(r"(ttft|itl|tpot|e2e)_p([1-9][0-9]?)_s")
 # Figures other than latencies that a target may name: unit, label, whether less is better.
 _OTHERS = {
     "completed_share": ("share", "completed", False),
@@ -42,7 +43,7 @@ class Metric:
     unit: str
     label: str
     less_is_better: bool
-    # ttft, itl or e2e with its level 0..1, for latencies only.
+    # ttft, itl, tpot or e2e with its level 0..1, for latencies only.
     latency: str | None = None
     level: float | None = None
 
@@ -56,7 +57,7 @@ def metric(key: str) -> Metric:
         name, level = found[1], int(found[2])
         return Metric(key, "s", f"{LATENCIES[name]} p{level}", True, latency=name, level=level / 100)
     if key not in _OTHERS:
-        known = ", ".join(["ttft_pNN_s", "itl_pNN_s", "e2e_pNN_s", *_OTHERS])
+        known = ", ".join([*(f"{name}_pNN_s" for name in LATENCIES), *_OTHERS])
         raise ValueError(f"{key!r} is no figure that can have a target; known: {known}")
     unit, label, less = _OTHERS[key]
     return Metric(key, unit, label, less)
@@ -155,25 +156,32 @@ def goodness(targets: Sequence[SloTarget]) -> Callable[[Record], bool]:
     return good
 
 
+def tpot_s(record: Record) -> float | None:
+    """Mean seconds an output token after the first, by the engine's count of tokens: several may share an event."""
+    count = tokens(record)
+    return (record.chunks_s[-1] - record.chunks_s[0]) / (count - 1) if record.chunks_s and count > 1 else None
+
+
 def _own(record: Record, kind: str, level: float) -> float:
     if kind == "itl":
         gaps = gaps_s(record)
         return quantiles(gaps, level)[0] if gaps else 0.0
-    found = record.ttft_s if kind == "ttft" else record.e2e_s
+    found = {"ttft": record.ttft_s, "e2e": record.e2e_s, "tpot": tpot_s(record)}[kind]
     # A request completed without content had no first token to be late.
     return 0.0 if found is None else found
 
 
 def latencies_s(records: Iterable[Record], kind: str) -> list[float]:
-    """All values seen of `ttft`, `itl` or `e2e`, seconds, in no order; warm-up is the caller's to leave out."""
+    """All values seen of `ttft`, `itl`, `tpot` or `e2e`, seconds, in no order; warm-up is the caller's to leave out."""
     match kind:
         case "ttft":
             return [found for record in records if (found := record.ttft_s) is not None]
         case "itl":
             return [gap for record in records for gap in gaps_s(record)]
-        case "e2e":
+        case "e2e" | "tpot":
+            own = tpot_s if kind == "tpot" else operator.attrgetter("e2e_s")
             done = (record for record in records if record.outcome is Outcome.COMPLETED)
-            return [found for record in done if (found := record.e2e_s) is not None]
+            return [found for record in done if (found := own(record)) is not None]
         case _:
             raise ValueError(f"{kind!r} is none of {', '.join(LATENCIES)}")
 

@@ -7,6 +7,7 @@ engine's count of a request's tokens spread evenly over its events.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,7 +87,7 @@ def _thinned(ordered: Sequence[float], ranks: Sequence[int]) -> list[int]:
     for index in range(1, len(ranks)):
         if index + 1 == len(ranks) or ranks[index + 1] - ranks[kept[-1]] > step:
             kept.append(index)
-    gaps = [_gap(ordered, ranks, low, high) for low, high in zip(kept, kept[1:], strict=False)]
+    gaps = [_gap(ordered, ranks, low, high) for low, high in itertools.pairwise(kept)]
     heapq.heapify(gaps)
     chosen = set(kept)
     while gaps and len(chosen) < MOST_POINTS:

@@ -190,7 +190,7 @@ def test_a_larger_share_holds_all_of_a_smaller_one(tmp_path: Path) -> None:
 
 
 def test_a_scenario_that_is_not_there_names_those_that_are() -> None:
-    with pytest.raises(LoadtestError, match="No such file.*azure-replay, b2b-night, .*smoke"):
+    with pytest.raises(LoadtestError, match=r"No such file.*azure-replay, b2b-night, .*smoke"):
         load("smok")
 
 

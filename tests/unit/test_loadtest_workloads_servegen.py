@@ -114,5 +114,5 @@ def test_what_the_tables_do_not_hold_is_named(tmp_path: Path) -> None:
         _drafts(setting)
     with gzip.open(tmp_path / RATES_FILE, "wt") as file:
         file.write(f"{RATES_HEAD}\np,1,0,fast,1,Gamma,1,1\n")
-    with pytest.raises(LoadtestError, match="not the tables of servegen: .*'fast'"):
+    with pytest.raises(LoadtestError, match=r"not the tables of servegen: .*'fast'"):
         _drafts(setting)
