@@ -215,9 +215,9 @@ def _started(own: Work) -> Iterator[_Worker]:
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=work, args=(own, theirs), name=f"loadtest-{own.number}", daemon=True)
-    # Ctrl-C reaches every process of the terminal. Blocked in the worker from its first instruction on: it ends
+    # Ctrl-C and a stopped container reach every process of the group. Blocked in the worker from its first instruction on: it ends
     # when it is told to, with its records.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         process.start()
     finally:

@@ -7,6 +7,7 @@ Ray Serve reads its switches when it is imported, on the driver and on every nod
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -17,6 +18,12 @@ METRICS_PORT_HAPROXY = 9101
 # Ray puts a directory with a 56-character name below it, and a socket's path ends at 97 characters.
 HAPROXY_DIR = "h"
 HAPROXY_PROGRAM = "galerne-haproxy"
+# Ray's own default.
+HAPROXY_LEAST_CONNECTIONS = 4096
+# One on each side, and a pipe for every fourth connection, as HAProxy counts before it starts.
+HAPROXY_FILES_PER_CONNECTION = 2.5
+# Listeners, sockets of its own, files.
+HAPROXY_OWN_FILES = 256
 
 # No process of the cluster reports to anybody.
 QUIET = {
@@ -50,10 +57,23 @@ def haproxy_threads(cores: int) -> int:
     return min(4, max(1, cores // 2))
 
 
+def haproxy_connections(accepted: int, open_files: int) -> int:
+    """Connections that HAProxy takes: twice what the gateways accept, idle ones included, within the process's files.
+
+    Beyond its bound HAProxy leaves connections waiting without a word; the gateways' own bound answers 503 first.
+    """
+    return min(
+        max(HAPROXY_LEAST_CONNECTIONS, 2 * accepted),
+        int((open_files - HAPROXY_OWN_FILES) / HAPROXY_FILES_PER_CONNECTION),
+    )
+
+
 def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
     """Variables for the driver and every node; `state_dir` holds HAProxy's files and sockets."""
     haproxy = state_dir / HAPROXY_DIR
     drain_s = max((int(model.drain_timeout_s) for model in config.models), default=600)
+    accepted = config.gateway.replicas * config.gateway.max_ongoing_requests
+    _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     limits = EdgeLimits(config.listen.host, config.limits.header_bytes, config.limits.body_bytes)
     return (
         QUIET
@@ -63,6 +83,7 @@ def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_HAPROXY_NBTHREAD": str(haproxy_threads(os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_MAXCONN": str(haproxy_connections(accepted, open_files)),
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name(HAPROXY_PROGRAM)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),

@@ -11,6 +11,7 @@ import pytest
 
 from serving.cli import state
 from serving.cli.overview import rows
+from serving.cluster.environment import haproxy_connections
 from serving.cluster.haproxy import ERRORS, EdgeLimits, harden, write_error_files
 from serving.cluster.processes import descendants, end_descendants, free_port, port_is_free
 from serving.config import ModelConfig
@@ -216,3 +217,9 @@ def test_overview_reads_what_engines_and_gateways_say() -> None:
     }
     (row,) = rows(document, texts.__getitem__)
     assert (row.in_flight, row.running, row.waiting) == (3, 2.0, None)
+
+
+def test_haproxy_takes_more_connections_than_the_gateways_accept_but_no_more_than_it_has_files() -> None:
+    assert haproxy_connections(4096, 1_000_000) == 8192
+    assert haproxy_connections(100, 1_000_000) == 4096
+    assert haproxy_connections(4096, 4096) == 1536
