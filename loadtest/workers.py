@@ -215,8 +215,8 @@ def _started(own: Work) -> Iterator[_Worker]:
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=work, args=(own, theirs), name=f"loadtest-{own.number}", daemon=True)
-    # Ctrl-C and a stopped container reach every process of the group. Blocked in the worker from its first instruction on: it ends
-    # when it is told to, with its records.
+    # Ctrl-C and the end of a container reach every process of the group. Blocked in the worker from its first
+    # instruction on: it ends when it is told to, with its records.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         process.start()

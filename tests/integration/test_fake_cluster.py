@@ -99,7 +99,11 @@ def test_every_kind_of_metrics_is_scrapeable(fake_cluster: RunningCluster) -> No
     listed = subprocess.run(
         [GALERNE, "status", "--port", "18100", "--json"], capture_output=True, text=True, check=True
     )
-    assert {row["model"] for row in json.loads(listed.stdout)["replicas"]} == {"chat", "vectors"}
+    assert {row["model"] for row in json.loads(listed.stdout)["replicas"]} == {
+        "chat",
+        "vectors",
+        "smollm2-135m-instruct",
+    }
     up = metric(f"http://127.0.0.1:{targets['haproxy_metrics_port']}/metrics", "haproxy_process_nbthread")
     assert up >= 1
 
