@@ -28,7 +28,11 @@ def shown(console: Console, name: str, length_s: float) -> Iterator[Callable[[Ta
             rate.add(now_s, tally.tokens)
             if now_s - last_s >= LOG_EVERY_S:
                 last_s = now_s
-                console.print(f"{name}: {max(0.0, now_s):.0f} of {length_s:.0f} s, {_line(tally, rate)}", markup=False)
+                console.print(
+                    f"{name}: {max(0.0, now_s):.0f} of {length_s:.0f} s, {_line(tally, rate)}",
+                    markup=False,
+                    soft_wrap=True,
+                )
 
         yield log
         return
