@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest import scenario
+from loadtest.cli.compare import compare
 from loadtest.cli.report import report
 from loadtest.cli.run import run
 from loadtest.errors import LoadtestError
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(report)
+app.command()(compare)
 
 
 @app.command()

@@ -67,32 +67,81 @@ async def run_cell(
 
     Raises LoadtestError when a request failed or a process ended.
     """
-    # The warm-up opens what is lazily opened on both ways, and tells how many requests fill a run.
-    warm = await _run(spec, direct, processes, numbers, per_stream=LEAST_REQUESTS_PER_STREAM, spread_s=0.0)
-    await _run(spec, gateway, processes, numbers, per_stream=LEAST_REQUESTS_PER_STREAM, spread_s=0.0)
-    per_stream = max(LEAST_REQUESTS_PER_STREAM, math.ceil(spec.run_s / warm.e2e_p50_s))
-    pairs = []
-    for repeat in range(spec.repeats):
-        order = (direct, gateway) if repeat % 2 == 0 else (gateway, direct)
-        runs = {}
-        for side in order:
-            progress(f"{spec.name}: repeat {repeat + 1} of {spec.repeats}, {side.target.name}")
-            runs[side.target.name] = await _run(
-                spec, side, processes, numbers, per_stream=per_stream, spread_s=warm.e2e_p50_s
-            )
-        pairs.append(Pair(direct=runs[direct.target.name], gateway=runs[gateway.target.name]))
+    found = await run_ways(spec, [Way(direct, processes), Way(gateway, processes)], numbers=numbers, progress=progress)
+    direct_runs, gateway_runs = (_runs(found[side.target.name]) for side in (direct, gateway))
+    pairs = [Pair(first, second) for first, second in zip(direct_runs, gateway_runs, strict=True)]
     return compare(spec.name, spec.load, pairs, cores=cores)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A side with the processes that are accounted while it is at work."""
+
+    side: Side
+    processes: ProcessGroups
+
+
+async def run_ways(
+    spec: CellSpec, ways: Sequence[Way], *, numbers: Iterator[int], progress: Callable[[str], None]
+) -> dict[str, list[Run] | LoadtestError]:
+    """Measure one load on every way in turns; the runs of each by its target's name, one a repeat.
+
+    The order is turned by one each repeat. A way whose run fails is measured no further, and its error is given in
+    place of its runs. The first way's pace tells how many requests fill a run: raises LoadtestError where it fails.
+    """
+    found: dict[str, list[Run] | LoadtestError] = {}
+    # The warm-up opens what is lazily opened on every way.
+    first, *others = ways
+    warm = await _run(spec, first, numbers, per_stream=LEAST_REQUESTS_PER_STREAM, spread_s=0.0)
+    found[first.side.target.name] = []
+    for way in others:
+        await _try(spec, way, found, numbers, per_stream=LEAST_REQUESTS_PER_STREAM, spread_s=0.0, discard=True)
+    per_stream = max(LEAST_REQUESTS_PER_STREAM, math.ceil(spec.run_s / warm.e2e_p50_s))
+    for repeat in range(spec.repeats):
+        turn = repeat % len(ways)
+        for way in (*ways[turn:], *ways[:turn]):
+            progress(f"{spec.name}: repeat {repeat + 1} of {spec.repeats}, {way.side.target.name}")
+            await _try(spec, way, found, numbers, per_stream=per_stream, spread_s=warm.e2e_p50_s)
+    return found
+
+
+async def _try(
+    spec: CellSpec,
+    way: Way,
+    found: dict[str, list[Run] | LoadtestError],
+    numbers: Iterator[int],
+    *,
+    per_stream: int,
+    spread_s: float,
+    discard: bool = False,
+) -> None:
+    held = found.setdefault(way.side.target.name, [])
+    if isinstance(held, LoadtestError):
+        return
+    try:
+        ran = await _run(spec, way, numbers, per_stream=per_stream, spread_s=spread_s)
+    except LoadtestError as problem:
+        found[way.side.target.name] = problem
+    else:
+        if not discard:
+            held.append(ran)
+
+
+def _runs(held: list[Run] | LoadtestError) -> list[Run]:
+    if isinstance(held, LoadtestError):
+        raise held
+    return held
 
 
 async def _run(
     spec: CellSpec,
-    side: Side,
-    processes: ProcessGroups,
+    way: Way,
     numbers: Iterator[int],
     *,
     per_stream: int,
     spread_s: float,
 ) -> Run:
+    side, processes = way.side, way.processes
     await asyncio.sleep(SETTLE_S)
     clients = [StreamClient(side.target.host, side.target.port) for _ in range(spec.streams)]
     # A refused connection shows again, as a result, with the first request.

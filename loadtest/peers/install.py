@@ -1,0 +1,54 @@
+"""A peer's own environment: made once, with its dependencies resolved there, never in the product's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from loadtest.errors import LoadtestError
+from loadtest.peers.peer import Peer
+
+CACHE_VARIABLE = "XDG_CACHE_HOME"
+_TIMEOUT_S = 900
+_SHOWN_LINES = 8
+# Written last: an environment without it was cut off half way.
+_COMPLETE = ".complete"
+_OWN_UV = Path(__file__).resolve().parents[2] / ".tools" / "bin" / "uv"
+
+
+def cache() -> Path:
+    """Where environments of peers are kept."""
+    home = os.environ.get(CACHE_VARIABLE)
+    return (Path(home) if home else Path.home() / ".cache") / "galerne" / "peers"
+
+
+def installed(peer: Peer, folder: Path) -> Path:
+    """The peer's folder of programs, installed first where it is not. Raises LoadtestError with pip's own words."""
+    home = peer.home(folder)
+    programs = home / "bin"
+    if (home / _COMPLETE).exists():
+        return programs
+    shutil.rmtree(home, ignore_errors=True)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    uv = str(_OWN_UV) if _OWN_UV.exists() else shutil.which("uv")
+    if uv is None:
+        raise LoadtestError(f"{peer.name}: uv is not installed here; run `make install` first")
+    _run(peer, [uv, "venv", "--quiet", "--python", sys.executable, str(home)])
+    _run(peer, [uv, "pip", "install", "--quiet", "--python", str(programs / "python"), *peer.requirements])
+    (home / _COMPLETE).touch()
+    return programs
+
+
+def _run(peer: Peer, command: Sequence[str]) -> None:
+    try:
+        # A fixed program with a catalogue's words.
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        raise LoadtestError(f"{peer.name}: not installed after {_TIMEOUT_S} s") from None
+    if ended.returncode:
+        said = "\n".join(ended.stderr.strip().splitlines()[-_SHOWN_LINES:])
+        raise LoadtestError(f"{peer.name} {peer.version} cannot be installed:\n{said}")
