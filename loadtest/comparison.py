@@ -14,9 +14,8 @@ from loadtest.command import Load, Subject
 from loadtest.errors import LoadtestError
 from loadtest.interleave import CellSpec, Side, Way, run_ways
 from loadtest.measures import Cell, Pair, compare
-from loadtest.peers.catalogue import PEERS
 from loadtest.peers.install import installed
-from loadtest.peers.peer import Engine, Launch
+from loadtest.peers.peer import Engine, Launch, Peer
 from loadtest.peers.running import started
 from loadtest.processes import ProcessGroups
 from loadtest.request import ENGINE_TOKEN_HEADER, Target, chat_templates
@@ -65,7 +64,7 @@ class Plan:
 
 
 def bring_up(
-    subject: Subject, names: Sequence[str], cache: Path, held: ExitStack, say: Callable[[str], None]
+    subject: Subject, peers: Sequence[Peer], cache: Path, held: ExitStack, say: Callable[[str], None]
 ) -> tuple[dict[str, Runner], dict[str, str]]:
     """Start every peer in front of the subject's engine; those that are up, and why the others are not."""
     direct = subject.direct
@@ -76,15 +75,14 @@ def bring_up(
         GALERNE: Runner(_named(subject.gateway, GALERNE), groups, {"argv": "galerne serve", "files": {}}),
     }
     down: dict[str, str] = {}
-    for name in names:
-        peer = PEERS[name]
+    for peer in peers:
         try:
-            say(f"{name} {peer.version}: installing, if it is not, and starting")
+            say(f"{peer.name} {peer.version}: installing, if it is not, and starting")
             target, pid, launch = held.enter_context(started(peer, installed(peer, cache), engine))
         except LoadtestError as problem:
-            down[name] = str(problem)
+            down[peer.name] = str(problem)
         else:
-            up[name] = Runner(target, {name: (str(pid),)}, _shown(name, launch, engine))
+            up[peer.name] = Runner(target, {peer.name: (str(pid),)}, _shown(peer, launch, engine))
     return up, down
 
 
@@ -154,8 +152,7 @@ def _named(target: Target, name: str) -> Target:
     return Target(name, target.host, target.port, key=target.key, engine_token=target.engine_token)
 
 
-def _shown(name: str, launch: Launch, engine: Engine) -> dict[str, Any]:
-    peer = PEERS[name]
+def _shown(peer: Peer, launch: Launch, engine: Engine) -> dict[str, Any]:
     secret = {engine.token, launch.key}
     files = dict(launch.files)
     for value in filter(None, secret):

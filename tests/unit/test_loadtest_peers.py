@@ -1,0 +1,146 @@
+"""Peers: what they are started with, how they are ended, and that one that fails is told of, not left out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loadtest.cli.compare import summary, tables
+from loadtest.command import Subject
+from loadtest.comparison import DIRECT, GALERNE, Plan, Row, bring_up, measure_all
+from loadtest.errors import LoadtestError
+from loadtest.overhead import loads_of
+from loadtest.peers.catalogue import PEERS
+from loadtest.peers.install import installed
+from loadtest.peers.peer import Engine, Launch, Peer
+from loadtest.peers.running import started
+from loadtest.processes import ProcessGroups
+from loadtest.request import ENGINE_TOKEN_HEADER, Target
+from tests.unit.test_loadtest_session import serving
+
+TOKEN = "engine-secret"
+ENGINE = Engine("127.0.0.1", 4321, "m", ENGINE_TOKEN_HEADER, TOKEN)
+
+
+@pytest.mark.parametrize("peer", PEERS.values(), ids=lambda peer: peer.name)
+def test_a_peer_is_pinned_listens_on_loopback_and_leads_to_the_engine(peer: Peer) -> None:
+    assert peer.version
+    assert peer.source
+    launch = peer.launch(ENGINE, 5000)
+    files = {name: json.loads(text) for name, text in launch.files.items()}
+    everything = " ".join(launch.argv) + json.dumps(files)
+    assert "4321" in everything
+    assert "5000" in everything
+    assert "0.0.0.0" not in everything  # noqa: S104
+    # On a command line everybody on the machine could read it.
+    assert TOKEN not in " ".join(launch.argv)
+    assert launch.passes_token or TOKEN in json.dumps(files)
+
+
+def test_litellms_key_is_new_each_time_and_only_in_its_environment() -> None:
+    first, second = (PEERS["litellm"].launch(ENGINE, 5000) for _ in range(2))
+    assert first.key != second.key
+    assert first.key == first.env["LITELLM_MASTER_KEY"]
+    assert first.key not in first.files["config.yaml"]
+
+
+PROGRAM = """
+import http.server, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, file=open("child", "w"))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def peer_of(argv: tuple[str, ...], **files: str) -> Peer:
+    return Peer("p", "Python", ("p==1",), "here", lambda _engine, port: Launch((*argv, str(port)), files=files))
+
+
+def programs(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "python").symlink_to(sys.executable)
+    return folder
+
+
+def test_a_peer_goes_with_all_its_processes_and_its_files(tmp_path: Path) -> None:
+    peer = peer_of(("python", "main"), main=PROGRAM)
+    os.environ["SECRET_OF_OURS"] = "x"
+    try:
+        with started(peer, programs(tmp_path / "bin"), ENGINE) as (target, pid, _):
+            process = psutil.Process(pid)
+            folder = Path(process.cwd())
+            (child,) = process.children()
+            assert target.engine_token == TOKEN
+            assert "SECRET_OF_OURS" not in process.environ()
+            assert folder.stat().st_mode & 0o077 == 0
+    finally:
+        del os.environ["SECRET_OF_OURS"]
+    assert not psutil.pid_exists(pid)
+    # A child that nobody waits for may still be a zombie of whoever adopted it.
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert not folder.exists()
+
+
+def test_a_peer_that_ends_at_once_is_told_of_with_its_last_words(tmp_path: Path) -> None:
+    peer = peer_of(("python", "main"), main="import sys; sys.exit('no such option')")
+    with pytest.raises(LoadtestError, match=r"p ended with code 1:\nno such option"):
+        with started(peer, programs(tmp_path / "bin"), ENGINE):
+            pass
+
+
+def test_what_cannot_be_installed_is_told_of_and_tried_again(tmp_path: Path) -> None:
+    peer = Peer("p", "Python", ("galerne-no-such-package==1",), "here", lambda _engine, _port: Launch(("x",)))
+    for _ in range(2):
+        with pytest.raises(LoadtestError, match="p 1 cannot be installed"):
+            installed(peer, tmp_path)
+
+
+def test_ways_are_measured_in_turns_and_a_broken_one_has_its_row(tmp_path: Path) -> None:
+    """The broken one cannot be installed; another way fails while it is measured; the rest have figures."""
+    with serving() as (url, _bodies), ExitStack() as held:
+        port = int(url.rpartition(":")[2])
+        subject = Subject(
+            "", "m", Target("direct", "127.0.0.1", port), Target("gateway", "127.0.0.1", port, key="sk-one"), {}
+        )
+        broken = Peer("broken", "Python", ("broken==1",), "here", lambda _engine, _port: Launch(("x",)))
+        up, down = bring_up(subject, [broken], tmp_path, held, lambda _text: None)
+        assert list(up) == [DIRECT, GALERNE]
+        assert "broken 1 cannot be installed" in down["broken"]
+        closed = type(up[GALERNE])(Target("closed", "127.0.0.1", 1), {}, {})
+        seen: list[str] = []
+        plan = Plan(loads_of([2], [1]), output_tokens=3, run_s=0.05, repeats=3, timeout_s=5.0)
+        rows = asyncio.run(measure_all(subject, {**up, "closed": closed}, plan, cores=2, progress=seen.append))
+    assert [row.way for row in rows] == [DIRECT, GALERNE, "closed"]
+    assert rows[0].cell is not None
+    assert rows[1].cell is not None
+    assert rows[1].cell.compared["tok_s_ratio"].count == 3
+    assert rows[2].problem is not None
+    assert "no connection" in rows[2].problem
+    order = [text.rpartition(" ")[2] for text in seen]
+    assert order == [DIRECT, GALERNE, "closed", GALERNE, "closed", DIRECT, "closed", DIRECT, GALERNE]
+    found = summary(rows)
+    assert set(found) == {"tok_s_ratio_galerne_c2", "ttft_added_p50_ms_galerne_c2", "ttft_added_p99_ms_galerne_c2"}
+    (built,) = tables("t", rows)
+    assert built.row_count == 3
+
+
+def test_a_failed_way_says_why_in_its_row() -> None:
+    (built,) = tables("t", [Row("p", "c1", None, None, None, "refused")])
+    assert "failed: refused" in list(built.columns[-1].cells)
+
+
+def test_groups_of_processes_are_found_by_their_leader() -> None:
+    usage = ProcessGroups({"self": (str(os.getpid()),)}).read()
+    assert usage.rss_bytes["self"] > 0
