@@ -17,7 +17,8 @@ unexport VIRTUAL_ENV
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast check format lock lock-check bench-overhead bench-engine clean
+.PHONY: help install run test test-fast check format lock lock-check bench-overhead bench-engine bench-peers bench-peers-engine \
+	loadtest loadtest-sweep clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -78,6 +79,24 @@ bench-overhead: install ## the gateway against its engine, fake engine: build/be
 
 bench-engine: install ## the gateway against its engine, real vLLM: build/bench/engine.json
 	$(BIN)/python -m loadtest.engine --start
+
+PEERS_ARGS ?=
+
+bench-peers: install ## every way to one fake engine, peers installed on demand: build/bench/compare.json
+	$(BIN)/python -m loadtest compare $(PEERS_ARGS)
+
+bench-peers-engine: install ## the same in front of the real model: build/bench/compare-engine.json
+	$(BIN)/python -m loadtest compare --real --streams 16 --prompt-kib 1 --output-tokens 32 --run-s 20 \
+	  --timeout-s 600 --out build/bench/compare-engine.json $(PEERS_ARGS)
+
+SCENARIO ?= smoke
+URL ?= http://127.0.0.1:8000
+
+loadtest: install ## a scenario (SCENARIO=…) against a running cluster (URL=…), with a report
+	$(BIN)/python -m loadtest run $(SCENARIO) --url $(URL)
+
+loadtest-sweep: install ## the highest rate of a scenario at which its targets are met
+	$(BIN)/python -m loadtest sweep $(SCENARIO) --url $(URL)
 
 clean: ## remove what the targets made (caches of models stay)
 	rm -rf $(VENV) .tools build *.egg-info .mypy_cache .ruff_cache .pytest_cache

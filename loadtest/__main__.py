@@ -12,6 +12,7 @@ from loadtest import scenario
 from loadtest.cli.compare import compare
 from loadtest.cli.report import report
 from loadtest.cli.run import run
+from loadtest.cli.sweep import sweep
 from loadtest.errors import LoadtestError
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(report)
+app.command()(sweep)
 app.command()(compare)
 
 

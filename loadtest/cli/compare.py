@@ -56,9 +56,8 @@ def compare(
         else:
             paced = {SATURATED: SATURATED_ENGINE} if saturated else {PACED: PACED_ENGINE}
             (subject,) = held.enter_context(fake_cluster(paced))
-        up, down = bring_up(
-            subject, [PEERS[name] for name in names], cache(), held, lambda text: console.print(text, markup=False)
-        )
+        wanted = [PEERS[name] for name in names]
+        up, down = bring_up(subject, wanted, cache(), held, lambda text: console.print(text, markup=False))
         console.print(placement(machine))
         with console.status("") as status:
             measured = uvloop.run(measure_all(subject, up, plan, cores=machine.cores, progress=status.update))
