@@ -10,6 +10,7 @@ from rich.table import Table
 
 from loadtest import scenario
 from loadtest.cli.compare import compare
+from loadtest.cli.profile import profile
 from loadtest.cli.report import report
 from loadtest.cli.run import run
 from loadtest.cli.sweep import sweep
@@ -24,6 +25,7 @@ app.command()(run)
 app.command()(report)
 app.command()(sweep)
 app.command()(compare)
+app.command()(profile)
 
 
 @app.command()

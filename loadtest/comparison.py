@@ -87,13 +87,23 @@ def bring_up(
 
 
 async def measure_all(
-    subject: Subject, up: Mapping[str, Runner], plan: Plan, *, cores: int, progress: Callable[[str], None]
+    subject: Subject,
+    up: Mapping[str, Runner],
+    plan: Plan,
+    *,
+    cores: int,
+    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> list[Row]:
-    """All loads on all ways; a row for each, load by load. Raises LoadtestError when the engine itself fails."""
+    """All loads on all ways; a row for each, load by load. Raises LoadtestError when the engine itself fails.
+
+    `say` is told of each load, `progress` of each run.
+    """
     numbers = itertools.count(time.time_ns() // 10**6 % 10**11)
     rows = []
     engine = {name: members for name, members in subject.groups.items() if name not in _OURS}
-    for load in plan.loads:
+    for done, load in enumerate(plan.loads):
+        say(f"{load.name}: load {done + 1} of {len(plan.loads)}, {len(up)} ways, {plan.repeats} runs of each")
         ways = [
             Way(
                 Side(

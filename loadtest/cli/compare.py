@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,10 +58,11 @@ def compare(
             paced = {SATURATED: SATURATED_ENGINE} if saturated else {PACED: PACED_ENGINE}
             (subject,) = held.enter_context(fake_cluster(paced))
         wanted = [PEERS[name] for name in names]
-        up, down = bring_up(subject, wanted, cache(), held, lambda text: console.print(text, markup=False))
+        say = partial(console.print, markup=False)
+        up, down = bring_up(subject, wanted, cache(), held, say)
         console.print(placement(machine))
         with console.status("") as status:
-            measured = uvloop.run(measure_all(subject, up, plan, cores=machine.cores, progress=status.update))
+            measured = uvloop.run(measure_all(subject, up, plan, cores=machine.cores, say=say, progress=status.update))
     kind = "real engine" if real else "fake engine (simulated)"
     for built in tables(f"{kind}, {output_tokens} output tokens", measured):
         console.print(built)

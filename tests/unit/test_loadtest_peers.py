@@ -120,14 +120,16 @@ def test_ways_are_measured_in_turns_and_a_broken_one_has_its_row(tmp_path: Path)
         assert "broken 1 cannot be installed" in down["broken"]
         closed = type(up[GALERNE])(Target("closed", "127.0.0.1", 1), {}, {})
         seen: list[str] = []
+        said: list[str] = []
         plan = Plan(loads_of([2], [1]), output_tokens=3, run_s=0.05, repeats=3, timeout_s=5.0)
-        rows = asyncio.run(measure_all(subject, {**up, "closed": closed}, plan, cores=2, progress=seen.append))
+        rows = asyncio.run(measure_all(subject, {**up, "closed": closed}, plan, cores=2, say=said.append, progress=seen.append))
     assert [row.way for row in rows] == [DIRECT, GALERNE, "closed"]
     assert rows[0].cell is not None
     assert rows[1].cell is not None
     assert rows[1].cell.compared["tok_s_ratio"].count == 3
     assert rows[2].problem is not None
     assert "no connection" in rows[2].problem
+    assert said == ["c2: load 1 of 1, 3 ways, 3 runs of each"]
     order = [text.rpartition(" ")[2] for text in seen]
     assert order == [DIRECT, GALERNE, "closed", GALERNE, "closed", DIRECT, "closed", DIRECT, GALERNE]
     found = summary(rows)

@@ -79,7 +79,8 @@ class Truth(threading.Thread):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 body = await reader.readexactly(int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]))
-                number = int(json.loads(body)["messages"][0]["content"])
+                content = json.loads(body)["messages"][0]["content"]
+                number = int(content) if content.isdigit() else len(self.stamps)
                 stamps = self.stamps[number] = []
                 if self._stall is not None and self._stall[0] == number:
                     self._stalled_until_ns = time.monotonic_ns() + int(self._stall[1] * 1e9)
