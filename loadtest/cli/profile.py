@@ -103,8 +103,9 @@ def profile(
     )
     console.print(
         f"prefill {fitted.prefill_tokens_per_s:.0f} tokens/s + {fitted.prefill_overhead_s * 1e3:.1f} ms "
-        f"(error {fitted.prefill_error:.0%}); decode {fitted.decode_ms:.2f} ms + {fitted.decode_ms_per_sequence:.3f} ms "
-        f"a sequence + {fitted.decode_ms_per_1k_context_tokens:.3f} ms a 1,000 tokens of context "
+        f"(error {fitted.prefill_error:.0%}); "
+        f"decode {fitted.decode_ms:.2f} ms + {fitted.decode_ms_per_sequence:.3f} ms a sequence + "
+        f"{fitted.decode_ms_per_1k_context_tokens:.3f} ms a 1,000 tokens of context "
         f"(error {fitted.decode_error:.0%})"
     )
     console.print(f"written: {out}", markup=False)

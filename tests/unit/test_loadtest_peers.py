@@ -122,7 +122,9 @@ def test_ways_are_measured_in_turns_and_a_broken_one_has_its_row(tmp_path: Path)
         seen: list[str] = []
         said: list[str] = []
         plan = Plan(loads_of([2], [1]), output_tokens=3, run_s=0.05, repeats=3, timeout_s=5.0)
-        rows = asyncio.run(measure_all(subject, {**up, "closed": closed}, plan, cores=2, say=said.append, progress=seen.append))
+        rows = asyncio.run(
+            measure_all(subject, {**up, "closed": closed}, plan, cores=2, say=said.append, progress=seen.append)
+        )
     assert [row.way for row in rows] == [DIRECT, GALERNE, "closed"]
     assert rows[0].cell is not None
     assert rows[1].cell is not None
