@@ -33,7 +33,7 @@ def profile(
     model: Annotated[str | None, typer.Option(help="with --url: the model's id")] = None,
     key: Annotated[str | None, typer.Option(envvar="GALERNE_KEY", help="with --url: an API key")] = None,
     name: Annotated[str, typer.Option(help="of the profile")] = "engine",
-    prompt_tokens: Annotated[str, typer.Option(help="lengths of prompts, with commas")] = "64,256,512,1024",
+    prompt_tokens: Annotated[str, typer.Option(help="lengths of prompts, with commas")] = "64,128,256,512,1024,1536",
     batches: Annotated[str, typer.Option(help="answers at once, with commas")] = "1,2,4,8,16",
     contexts: Annotated[str, typer.Option(help="prompts of these, with commas")] = "64,512",
     repeats: Annotated[int, typer.Option(min=1, help="of each prompt")] = 3,
@@ -102,8 +102,8 @@ def profile(
         )
     )
     console.print(
-        f"prefill {fitted.prefill_tokens_per_s:.0f} tokens/s + {fitted.prefill_overhead_s * 1e3:.1f} ms "
-        f"(error {fitted.prefill_error:.0%}); "
+        f"prefill {fitted.prefill_tokens_per_s:.0f} tokens/s + {fitted.prefill_overhead_ms:.1f} ms + "
+        f"{fitted.prefill_ms_per_1k_tokens_squared:.1f} ms × (1,000 tokens)² (error {fitted.prefill_error:.0%}); "
         f"decode {fitted.decode_ms:.2f} ms + {fitted.decode_ms_per_sequence:.3f} ms a sequence + "
         f"{fitted.decode_ms_per_1k_context_tokens:.3f} ms a 1,000 tokens of context "
         f"(error {fitted.decode_error:.0%})"

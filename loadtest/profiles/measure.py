@@ -23,7 +23,7 @@ _LEAST_GAPS = 3
 class ProfileSettings:
     """What is measured."""
 
-    prompt_tokens: tuple[int, ...] = (64, 256, 512, 1024)
+    prompt_tokens: tuple[int, ...] = (64, 128, 256, 512, 1024, 1536)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     contexts: tuple[int, ...] = (64, 512)
     # Of each prompt; the median counts.

@@ -32,19 +32,35 @@ class DecodePoint(Strict):
 
 
 class Fit(Strict):
-    """ttft = overhead + tokens / prefill rate; step = base + per sequence × batch + per context × batch × context.
+    """What the points follow, with k for a thousand tokens.
+
+    ttft = overhead + tokens / prefill rate + attention × k²
+    step = base + per sequence × batch + per context × batch × k
 
     The errors are root mean squares, relative to the mean of what was measured.
     """
 
     prefill_tokens_per_s: _Positive
-    prefill_overhead_s: Annotated[float, Field(ge=0)]
+    prefill_overhead_ms: Annotated[float, Field(ge=0)]
+    # Attention: what a prompt's length costs beyond its rate.
+    prefill_ms_per_1k_tokens_squared: Annotated[float, Field(ge=0)] = 0.0
     prefill_error: Annotated[float, Field(ge=0)]
     decode_ms: Annotated[float, Field(ge=0)]
     decode_ms_per_sequence: Annotated[float, Field(ge=0)]
     # Of all sequences' contexts together, a thousand tokens of it.
     decode_ms_per_1k_context_tokens: Annotated[float, Field(ge=0)]
     decode_error: Annotated[float, Field(ge=0)]
+
+    def ttft_s(self, prompt_tokens: int) -> float:
+        """Seconds to the first token of a prompt that is alone on the engine."""
+        thousands = prompt_tokens / 1000
+        attention_ms = self.prefill_ms_per_1k_tokens_squared * thousands * thousands
+        return prompt_tokens / self.prefill_tokens_per_s + (self.prefill_overhead_ms + attention_ms) / 1e3
+
+    def step_s(self, batch: int, context_tokens: float) -> float:
+        """Seconds of a decode step of `batch` sequences with so much context each."""
+        context_ms = self.decode_ms_per_1k_context_tokens * batch * context_tokens / 1000
+        return (self.decode_ms + self.decode_ms_per_sequence * batch + context_ms) / 1e3
 
 
 class EngineProfile(Strict):
@@ -68,13 +84,16 @@ class EngineProfile(Strict):
     def as_fake(self) -> dict[str, float]:
         """The latency fields of a configuration's `fake` section: this engine's speed without the engine.
 
-        The fake engine knows no cost of context; that of the middle of what was measured is in each sequence's.
+        The fake engine knows no cost of context and one rate of prefill: both are those of the middle of what was
+        measured, and the overhead of a prompt is in its rate.
         """
+        prompts = sorted(point.prompt_tokens for point in self.prefill)
+        prompt = prompts[len(prompts) // 2]
         contexts = sorted(point.context_tokens for point in self.decode)
         middle = contexts[len(contexts) // 2]
         of_context = self.fit.decode_ms_per_1k_context_tokens * middle / 1000
         return {
-            "prefill_tokens_per_s": round(self.fit.prefill_tokens_per_s, 1),
+            "prefill_tokens_per_s": round(prompt / self.fit.ttft_s(prompt), 1),
             "decode_ms": round(self.fit.decode_ms, 3),
             "decode_ms_per_sequence": round(self.fit.decode_ms_per_sequence + of_context, 4),
         }

@@ -22,9 +22,12 @@ DECODE = [(batch, context) for batch in (1, 2, 4, 8, 16) for context in (100, 10
 
 
 def points(
-    rate: float, overhead_s: float, base: float, sequence: float, context: float
+    rate: float, overhead_s: float, base: float, sequence: float, context: float, attention: float = 0.0
 ) -> tuple[list[PrefillPoint], list[DecodePoint]]:
-    prefill = [PrefillPoint(prompt_tokens=n, ttft_s=overhead_s + n / rate) for n in (50, 200, 1000)]
+    prefill = [
+        PrefillPoint(prompt_tokens=n, ttft_s=overhead_s + n / rate + attention * n * n / 1e9)
+        for n in (50, 200, 1000, 4000)
+    ]
     decode = [
         DecodePoint(batch=b, context_tokens=c, step_s=(base + sequence * b + context * b * c / 1000) / 1e3)
         for b, c in DECODE
@@ -33,13 +36,23 @@ def points(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(50, 1e5), st.floats(0, 0.5), st.floats(1, 100), st.floats(0.01, 20), st.floats(0.01, 20))
+@given(
+    st.floats(50, 1e5),
+    st.floats(0, 0.5),
+    st.floats(1, 100),
+    st.floats(0.01, 20),
+    st.floats(0.01, 20),
+    st.floats(0, 1000),
+)
 def test_known_numbers_are_found_again(
-    rate: float, overhead_s: float, base: float, sequence: float, context: float
+    rate: float, overhead_s: float, base: float, sequence: float, context: float, attention: float
 ) -> None:
-    found = fit(*points(rate, overhead_s, base, sequence, context))
+    found = fit(*points(rate, overhead_s, base, sequence, context, attention))
     assert found.prefill_tokens_per_s == pytest.approx(rate, rel=1e-3)
-    assert found.prefill_overhead_s == pytest.approx(overhead_s, rel=1e-3, abs=1e-6)
+    assert found.prefill_overhead_ms == pytest.approx(overhead_s * 1e3, rel=1e-3, abs=1e-3)
+    assert found.prefill_ms_per_1k_tokens_squared == pytest.approx(attention, rel=1e-3, abs=1e-3)
+    assert found.ttft_s(3000) == pytest.approx(overhead_s + 3000 / rate + attention * 9e-3, rel=1e-3)
+    assert found.step_s(3, 500) == pytest.approx((base + 3 * sequence + 1.5 * context) / 1e3, rel=1e-2)
     assert found.decode_ms == pytest.approx(base, rel=1e-3)
     assert found.decode_ms_per_sequence == pytest.approx(sequence, rel=1e-2, abs=1e-3)
     assert found.decode_ms_per_1k_context_tokens == pytest.approx(context, rel=1e-2, abs=1e-3)
@@ -57,7 +70,7 @@ def test_nothing_is_below_zero_and_what_cannot_be_told_is_zero() -> None:
 def test_prompts_that_take_no_time_have_no_rate() -> None:
     _, decode = points(100, 0, 1, 1, 1)
     with pytest.raises(ValueError, match="did not take longer"):
-        fit([PrefillPoint(prompt_tokens=n, ttft_s=0.1 / n) for n in (1, 10, 100)], decode)
+        fit([PrefillPoint(prompt_tokens=n, ttft_s=0.1 / n) for n in (1, 10, 100, 1000)], decode)
 
 
 def test_an_engine_of_known_speed_is_measured_as_it_is() -> None:
@@ -93,7 +106,8 @@ def test_a_profile_is_a_fake_engines_speed(tmp_path: Path) -> None:
     again = load_profile(path)
     assert again == document()
     fake = FakeEngineConfig.model_validate(again.as_fake())
-    assert fake.prefill_tokens_per_s == pytest.approx(1000)
+    # The third of the four prompts: 1,000 tokens, a second for them and ten milliseconds before.
+    assert fake.prefill_tokens_per_s == pytest.approx(1000 / 1.01, rel=1e-3)
     assert fake.decode_ms == pytest.approx(20, rel=1e-3)
     # Two a sequence, and five a thousand tokens of the larger half's thousand.
     assert fake.decode_ms_per_sequence == pytest.approx(7, rel=1e-2)
