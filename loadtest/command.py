@@ -19,6 +19,7 @@ from rich.console import Console
 from loadtest.errors import LoadtestError
 from loadtest.interleave import CellSpec, Side, run_cell
 from loadtest.measures import Cell
+from loadtest.peers.peer import Recipe
 from loadtest.processes import Machine, ProcessGroups, parse_groups
 from loadtest.request import Target, chat_templates, target_at
 
@@ -45,6 +46,8 @@ class Subject:
     groups: Mapping[str, tuple[str, ...]]
     # What the report says of the engine.
     engine: Mapping[str, Any] = field(default_factory=dict)
+    # How another engine like it is run; None where it is simulated, or nobody said.
+    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True, slots=True)

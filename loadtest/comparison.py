@@ -36,6 +36,8 @@ class Runner:
     groups: Mapping[str, tuple[str, ...]]
     # How it was started, for the report.
     shown: Mapping[str, Any]
+    # What a reader of its figures must know.
+    caveat: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Row:
     cpu_ms_per_request: Spread | None
     rss_mib: Spread | None
     problem: str | None = None
+    caveat: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,9 @@ def bring_up(
 ) -> tuple[dict[str, Runner], dict[str, str]]:
     """Start every peer in front of the subject's engine; those that are up, and why the others are not."""
     direct = subject.direct
-    engine = Engine(direct.host, direct.port, subject.model, ENGINE_TOKEN_HEADER, direct.engine_token or "")
+    engine = Engine(
+        direct.host, direct.port, subject.model, ENGINE_TOKEN_HEADER, direct.engine_token or "", subject.recipe
+    )
     groups = {name: members for name, members in subject.groups.items() if name in _OURS}
     up = {
         DIRECT: Runner(direct, {}, {}),
@@ -82,7 +87,14 @@ def bring_up(
         except LoadtestError as problem:
             down[peer.name] = str(problem)
         else:
-            up[peer.name] = Runner(target, {peer.name: (str(pid),)}, _shown(peer, launch, engine))
+            hosting = launch.hosting
+            apart = f"/!{hosting.engine_process}" if hosting is not None and hosting.engine_process else ""
+            up[peer.name] = Runner(
+                target,
+                {peer.name: (f"{pid}{apart}",)},
+                _shown(peer, launch, engine),
+                hosting.caveat if hosting is not None else "",
+            )
     return up, down
 
 
@@ -135,7 +147,7 @@ async def measure_all(
         for name, runner in up.items():
             runs = found[name]
             if isinstance(runs, LoadtestError):
-                rows.append(Row(name, load.name, None, None, None, str(runs)))
+                rows.append(Row(name, load.name, None, None, None, str(runs), runner.caveat))
                 continue
             pairs = [Pair(first, second) for first, second in zip(direct, runs, strict=True)]
             rows.append(_row(name, load.name, compare(load.name, spec.load, pairs, cores=cores), runner))
@@ -155,7 +167,7 @@ def _row(name: str, load: str, cell: Cell, runner: Runner) -> Row:
             high=sum(part.high for part in parts),
         )
 
-    return Row(name, load, cell, added("cpu_ms_per_request"), added("rss_mib"))
+    return Row(name, load, cell, added("cpu_ms_per_request"), added("rss_mib"), caveat=runner.caveat)
 
 
 def _named(target: Target, name: str) -> Target:
@@ -172,7 +184,8 @@ def _shown(peer: Peer, launch: Launch, engine: Engine) -> dict[str, Any]:
         "version": peer.version,
         "language": peer.language,
         "documented": peer.source,
-        "argv": " ".join(launch.argv),
+        "argv": " ".join("***" if part in secret else part for part in launch.argv),
         "env": env,
+        "hosts_its_engine": launch.hosting is not None,
         "files": files,
     }

@@ -44,6 +44,8 @@ _KV_BLOCKS = 2**18
 # prompt is not lost in the spread of seconds of waiting.
 PACED_ENGINE = {
     "prefill_tokens_per_s": 1e7,
+    # A prompt of 64 KB in one pass: in eight, 128 of them would wait for one another's for seconds.
+    "prefill_chunk_tokens": 2**16,
     "decode_ms": 8.0,
     "decode_ms_per_sequence": 0.02,
     "kv_blocks": _KV_BLOCKS,
@@ -51,6 +53,7 @@ PACED_ENGINE = {
 # Every token is ready at once.
 SATURATED_ENGINE = {
     "prefill_tokens_per_s": 1e9,
+    "prefill_chunk_tokens": 2**16,
     "decode_ms": 0.0,
     "decode_ms_per_sequence": 0.0,
     "kv_blocks": _KV_BLOCKS,

@@ -53,8 +53,9 @@ def this_machine() -> Machine:
 def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
     """`engine=12+13,gateway=14,haproxy=15/haproxy` as groups of members.
 
-    A member is a pid (with its descendants), PID/NAME (its descendants of this process name), or NAME (all
-    processes of this name on the machine). Raises LoadtestError for what is not GROUP=MEMBER[+MEMBER…].
+    A member is a pid (with its descendants), PID/NAME (its descendants of this process name), PID/!NAME (itself and
+    its descendants but those of this name and theirs), or NAME (all processes of this name on the machine). Raises
+    LoadtestError for what is not GROUP=MEMBER[+MEMBER…].
     """
     groups: dict[str, tuple[str, ...]] = {}
     for part in filter(None, text.split(",")):
@@ -62,7 +63,8 @@ def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
         held = tuple(filter(None, members.split("+")))
         if not name or not held:
             raise LoadtestError(
-                f"{part!r} is no process group; write GROUP=PID, GROUP=PID+PID, GROUP=PID/NAME or GROUP=NAME"
+                f"{part!r} is no process group; write GROUP=PID, GROUP=PID+PID, GROUP=PID/NAME, GROUP=PID/!NAME or "
+                "GROUP=NAME"
             )
         groups[name] = held
     return groups
@@ -106,7 +108,12 @@ def _processes(group: str, member: str) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             found = []
         else:
-            found = _named(children, name) if name else [parent, *children]
+            found = [parent, *children]
+            if name.startswith("!"):
+                left_out = _with_children(_named(children, name[1:]))
+                found = [process for process in found if process not in left_out]
+            elif name:
+                found = _named(children, name)
     if not found:
         raise LoadtestError(f"no process {member!r} of group {group!r} runs (any more); see --pids")
     return found
@@ -118,6 +125,15 @@ def _named(processes: Iterable[psutil.Process], name: str) -> list[psutil.Proces
         with suppress(psutil.NoSuchProcess):
             if process.name() == name:
                 found.append(process)
+    return found
+
+
+def _with_children(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
+    found = set()
+    for process in processes:
+        found.add(process)
+        with suppress(psutil.NoSuchProcess):
+            found.update(process.children(recursive=True))
     return found
 
 

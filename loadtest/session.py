@@ -65,7 +65,6 @@ def run_scenario(
     users = None
     if settings.users is not None:
         users = Users(settings.users, settings.think_s, wanted.total_s)
-    when = datetime.now(UTC)
     outcome = run(
         plan,
         lambda tenant: targets[tenant],
@@ -88,7 +87,7 @@ def run_scenario(
     reads, unread = _replicas(settings, began, age_s)
     return ReportRun(
         name=wanted.name if settings.speed == 1.0 else f"{wanted.name} × {settings.speed:g}",
-        when=when,
+        when=began,
         machine=asdict(this_machine()),
         scenario=_shown(wanted, settings, salt, (*plan.notes(), *unread)),
         records=outcome.records,

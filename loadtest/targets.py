@@ -18,18 +18,27 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loadtest.command import Subject
 from loadtest.errors import LoadtestError
+from loadtest.peers.peer import Recipe
 from loadtest.request import Target, target_at
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
 
+_GALERNE = Path(sys.executable).with_name("galerne")
+_ASK_TIMEOUT_S = 60.0
 _POLL_S = 0.2
 _SHOWN_LOG_LINES = 20
+
+# Of the engine's environment what another one must have too; the rest names files of this installation.
+_RECIPE_VARIABLES = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
+# vLLM arguments that say which model it is, and a class that only this installation has (it tells compilation times).
+_NOT_FOR_OTHERS = ("model", "served_model_name", "worker_extension_cls")
 
 # The model that a machine without GPU and without network can serve; eager, ready in half a minute.
 REAL_MODEL: Mapping[str, Any] = {
@@ -58,37 +67,49 @@ def fake_cluster(pacings: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Sub
 def real_cluster() -> Iterator[Subject]:
     """A cluster with the small built-in model on CPU. Raises LoadtestError when it does not start."""
     with _cluster([REAL_MODEL]) as (subject,):
-        yield _labelled(subject, label="", engine={"simulated": False, **REAL_MODEL["engine"]})
+        labelled = _labelled(subject, label="", engine={"simulated": False, **REAL_MODEL["engine"]})
+        yield replace(labelled, recipe=_recipe(REAL_MODEL))
 
 
 def _labelled(subject: Subject, *, label: str, engine: Mapping[str, Any]) -> Subject:
-    return Subject(label, subject.model, subject.direct, subject.gateway, subject.groups, engine)
+    return replace(subject, label=label, engine=engine)
 
 
 @contextmanager
 def _cluster(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Subject, ...]]:
     key = secrets.token_urlsafe(24)
+    with served({"models": [dict(model) for model in models]}, key) as ready:
+        yield subjects_of(ready, key)
+
+
+@contextmanager
+def served(config: Mapping[str, Any], key: str, *options: str) -> Iterator[dict[str, Any]]:
+    """What the ready file tells of a cluster of this configuration, with one tenant of this key; ended at the exit.
+
+    Raises LoadtestError when it does not start.
+    """
     with tempfile.TemporaryDirectory(prefix="galerne-bench-") as folder:
-        config = Path(folder) / "bench.yaml"
+        file = Path(folder) / "bench.yaml"
         ready = Path(folder) / "ready.json"
         log = Path(folder) / "serve.log"
         # JSON is YAML; this client needs no YAML library.
-        config.write_text(json.dumps(_config(models, key, _free_port())), encoding="utf-8")
+        file.write_text(json.dumps(_access(key, _free_port()) | dict(config)), encoding="utf-8")
         with log.open("wb") as output:
             serve = subprocess.Popen(  # noqa: S603  # our own command, next to this interpreter
                 [
-                    str(Path(sys.executable).with_name("galerne")),
+                    str(_GALERNE),
                     "serve",
-                    str(config),
+                    str(file),
                     "--ready-file",
                     str(ready),
+                    *options,
                 ],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1"},
             )
         try:
-            yield subjects_of(_wait_ready(serve, ready, log), key)
+            yield _wait_ready(serve, ready, log)
         finally:
             _stop(serve)
 
@@ -111,11 +132,34 @@ def subjects_of(ready: Mapping[str, Any], key: str) -> tuple[Subject, ...]:
     return tuple(subjects)
 
 
-def _config(models: Sequence[Mapping[str, Any]], key: str, port: int) -> dict[str, Any]:
+def _recipe(model: Mapping[str, Any]) -> Recipe:
+    """What Galerne tells vLLM for this model, as it says itself. Raises LoadtestError where it does not."""
+    with tempfile.TemporaryDirectory(prefix="galerne-bench-") as folder:
+        config = Path(folder) / "bench.yaml"
+        config.write_text(json.dumps(_access("", _free_port()) | {"models": [dict(model)]}), encoding="utf-8")
+        ended = subprocess.run(  # noqa: S603  # our own command
+            [str(_GALERNE), "models", "arguments", str(config)],
+            capture_output=True,
+            text=True,
+            timeout=_ASK_TIMEOUT_S,
+            check=False,
+        )
+    if ended.returncode:
+        raise LoadtestError(f"galerne models arguments ended with code {ended.returncode}: {ended.stderr}")
+    return recipe_of(json.loads(ended.stdout)[model["id"]])
+
+
+def recipe_of(told: Mapping[str, Any]) -> Recipe:
+    """One model of what `galerne models arguments` prints."""
+    arguments = {name: value for name, value in told["arguments"].items() if name not in _NOT_FOR_OTHERS}
+    env = {name: told["environment"][name] for name in _RECIPE_VARIABLES if name in told["environment"]}
+    return Recipe(Path(told["arguments"]["model"]), arguments, env)
+
+
+def _access(key: str, port: int) -> dict[str, Any]:
     digest = hashlib.sha256(key.encode()).hexdigest()
     return {
         "listen": {"host": "127.0.0.1", "port": port},
-        "models": [dict(model) for model in models],
         "tenants": [{"id": "bench", "keys": [{"id": "bench", "sha256": digest}]}],
     }
 

@@ -25,12 +25,14 @@ from yaml.constructor import ConstructorError, SafeConstructor
 from yaml.reader import Reader
 
 from serving.config import MODEL_ID, NAME, SHA256, GalerneConfig, Misplaced
+from serving.config.live import LIVE
 from serving.errors import ConfigError
 
 MAX_FILE_BYTES = 1024 * 1024
 # Values after aliases are expanded; a cluster of a thousand tenants has fewer.
 MAX_VALUES = 100_000
 MAX_DEPTH = 32
+
 
 Path_ = tuple[str | int, ...]
 
@@ -50,6 +52,7 @@ _SENTENCES: Final = {
     "string_too_long": "must have at most {max_length} characters",
     "too_short": "must not be empty",
     "value_error": "{error}",
+    "ip_any_network": "must be a network such as 10.20.0.0/16 or 2001:db8::/32, without bits beyond its length",
 }
 # What a field takes, by the first word of pydantic's error type; and what the file gives.
 _ALLOWED: Final = {
@@ -85,6 +88,33 @@ _YAML_HINTS: Final = {
 
 def load(path: Path) -> GalerneConfig:
     """The configuration in a file; raises ConfigError."""
+    return parse(_text(path), str(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where something stands."""
+
+    file: str
+    line: int
+
+
+def locate(path: Path, config: GalerneConfig, where: Path_) -> Located:
+    """The file and line of a part of a configuration that was loaded from `path`."""
+    file = parts(path, config.tenants_file)[-1] if where[0] in LIVE else path
+    reader, _ = _mapping(_text(file), str(file), "a configuration is a mapping")
+    if not reader.has(where):
+        file = path
+        reader, _ = _mapping(_text(file), str(file), "a configuration is a mapping")
+    return Located(str(file), reader.line(where))
+
+
+def parts(path: Path, tenants_file: str | None) -> tuple[Path, ...]:
+    """The files a configuration is made of; `tenants_file` is relative to the first."""
+    return (path,) if tenants_file is None else (path, path.parent / tenants_file)
+
+
+def _text(path: Path) -> str:
     name = str(path)
     try:
         with path.open("rb") as file:
@@ -98,34 +128,69 @@ def load(path: Path) -> GalerneConfig:
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError((f"{name}: larger than {MAX_FILE_BYTES} bytes",))
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ConfigError((f"{name}:{line}: not UTF-8 text; save the file as UTF-8",)) from None
-    return parse(text, name)
 
 
 def parse(text: str, name: str) -> GalerneConfig:
     """The configuration in a YAML text; `name` stands before each problem. Raises ConfigError."""
     if len(text) > MAX_FILE_BYTES:
         raise ConfigError((f"{name}: larger than {MAX_FILE_BYTES} bytes",))
-    root = _compose(text, name)
-    if root is None:
-        raise ConfigError((f"{name}: the file is empty; a configuration has at least 'models' and 'tenants'",))
-    if not isinstance(root, yaml.MappingNode):
-        line = root.start_mark.line + 1
-        raise ConfigError((f"{name}:{line}: a configuration is a mapping ('models: …'), not {_kind(root)}",))
-    reader = _NodeReader(name)
-    value = reader.value(root, ())
-    if reader.problems:
-        raise ConfigError(tuple(reader.problems))
+    reader, value = _mapping(text, name, "a configuration is a mapping ('models: …')")
+    beside: _NodeReader | None = None
+    if isinstance(file := value.get("tenants_file"), str):
+        beside, found = _beside(Path(name), file, reader, value)
+        value |= found
     try:
         return GalerneConfig.model_validate(value)
     except ValidationError as error:
         # A list whose items are all wrong is reported as empty, too; the items say more.
         details = [d for d in error.errors(include_url=False) if d["type"] != "too_short" or not d["input"]]
-        found = sorted((reader.line(_where(d)), _problem(d)) for d in details)
-        raise ConfigError(tuple(f"{name}:{line}: {text}" for line, text in found)) from None
+        problems = []
+        for detail in details:
+            where = _where(detail)
+            source = beside if beside is not None and beside.has(where) else reader
+            problems.append((source is beside, source.line(where), f"{source.name}:", _problem(detail)))
+        raise ConfigError(tuple(f"{at}{line}: {text}" for _, line, at, text in sorted(problems))) from None
+
+
+def _mapping(text: str, name: str, form: str) -> tuple[_NodeReader, dict[str, Any]]:
+    root = _compose(text, name)
+    if root is None:
+        raise ConfigError((f"{name}: the file is empty; a configuration has at least 'models' and 'tenants'",))
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError((f"{name}:{root.start_mark.line + 1}: {form}, not {_kind(root)}",))
+    reader = _NodeReader(name)
+    value = reader.value(root, ())
+    if reader.problems:
+        raise ConfigError(tuple(reader.problems))
+    return reader, value
+
+
+def _beside(path: Path, file: str, main: _NodeReader, value: dict[str, Any]) -> tuple[_NodeReader, dict[str, Any]]:
+    """What `tenants_file` holds, and where; a part stands in one of both files."""
+    at = f"{main.name}:{main.line(('tenants_file',))}: tenants_file"
+    other = parts(path, file)[-1]
+    try:
+        text = _text(other)
+    except ConfigError as error:
+        raise ConfigError(tuple(f"{at}: {problem}" for problem in error.problems)) from None
+    reader, found = _mapping(text, str(other), "a file of tenants is a mapping ('tenants: …')")
+    problems = [
+        f"{reader.name}:{reader.line((part,))}: {part}: unknown field; allowed: {', '.join(LIVE)}"
+        for part in found
+        if part not in LIVE
+    ]
+    problems += [
+        f"{reader.name}:{reader.line((part,))}: {part}: stands in {main.name}:{main.line((part,))}, too; keep one"
+        for part in LIVE
+        if part in found and part in value
+    ]
+    if problems:
+        raise ConfigError(tuple(problems))
+    return reader, found
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:
@@ -189,6 +254,10 @@ class _NodeReader:
             where = where[:-1]
         return self._lines.get(where, 1)
 
+    def has(self, where: Path_) -> bool:
+        """Whether this file is where a path stands, or would."""
+        return where[:1] in self._lines and bool(where)
+
     def value(self, node: yaml.Node, where: Path_) -> Any:
         self._lines.setdefault(where, node.start_mark.line + 1)
         self._values += 1
@@ -250,7 +319,8 @@ def _sentence(detail: ErrorDetails, where: Path_) -> str:
     context = detail.get("ctx", {})
     kind = detail["type"]
     if kind == "extra_forbidden":
-        fields = sorted(_model_at(where[:-1]).model_fields)
+        # A field is named as the file names it: `from` is no name in Python.
+        fields = sorted(field.alias or name for name, field in _model_at(where[:-1]).model_fields.items())
         close = difflib.get_close_matches(str(where[-1]), fields, n=1)
         guess = f"did you mean '{close[0]}'? " if close else ""
         return f"unknown field; {guess}allowed: {', '.join(fields)}"

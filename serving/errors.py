@@ -5,6 +5,14 @@ GalerneError
 ├── SourceError                 a model source that cannot be prepared
 ├── EngineError                 an engine that does not start or has died
 ├── ClusterError                Ray, HAProxy or a port that is not as needed
+│   └── KubernetesError         what a Kubernetes API server answered, or that it did not
+│       ├── ApiUnreachable      no connection, or no answer in time
+│       ├── ApiDenied           401, 403  carries what was asked for
+│       ├── ApiMissing          404
+│       ├── ApiConflict         409  somebody else wrote first
+│       ├── ApiGone             410  the history of a watch or of a list in parts has passed
+│       └── ApiBusy             429  carries `retry_after_s`
+├── SimulationError             a trace, profile or option that cannot be simulated
 └── RequestError                an answer to a client, in OpenAI's error shape
     ├── BadRequest              400  malformed or out of bounds
     ├── Unauthenticated         401  no key, or one that is not known
@@ -13,6 +21,9 @@ GalerneError
     ├── MethodNotAllowed        405
     ├── RequestTimeout          408  a body that does not arrive
     ├── PayloadTooLarge         413
+    ├── RateLimited             429  too many requests in a minute, at once or waiting; carries `retry_after_s`
+    │   ├── TokensLimited       429  too many tokens in a minute
+    │   └── QuotaExceeded       429  a day's or month's budget that is used up
     ├── HeadersTooLarge         431
     ├── UpstreamFailed          502  an engine that broke off before its first byte
     ├── Unavailable             503  no replica yet; carries `retry_after_s`
@@ -50,6 +61,62 @@ class EngineError(GalerneError):
 
 class ClusterError(GalerneError):
     """Ray, HAProxy or a port that is not as needed; the message says what to do."""
+
+
+class KubernetesError(ClusterError):
+    """An answer of a Kubernetes API server that is no success; `status` 0: there was none."""
+
+    def __init__(self, message: str, status: int = 0, reason: str = "") -> None:
+        super().__init__(message, status, reason)
+        self.message = message
+        self.status = status
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ApiUnreachable(KubernetesError):
+    """The API server cannot be reached, or broke off."""
+
+
+class ApiDenied(KubernetesError):
+    """The API server knows who asks and refuses, or does not know: `verb` on `resource` of API group `group`."""
+
+    def __init__(self, message: str, status: int, verb: str, group: str, resource: str, namespace: str | None) -> None:
+        super().__init__(message, status, "Forbidden")
+        # What Exception's own pickling hands to __init__.
+        self.args = (message, status, verb, group, resource, namespace)
+        self.verb = verb
+        self.group = group
+        self.resource = resource
+        self.namespace = namespace
+
+
+class ApiMissing(KubernetesError):
+    """There is no such object, or no such kind."""
+
+
+class ApiConflict(KubernetesError):
+    """The object was changed since it was read, or exists already."""
+
+
+class ApiGone(KubernetesError):
+    """The resource version is too old: list again."""
+
+
+class ApiBusy(KubernetesError):
+    """Too many requests, or (evictions) a disruption budget that allows none now."""
+
+    def __init__(self, message: str, status: int, retry_after_s: float | None, budget: bool = False) -> None:
+        super().__init__(message, status, "TooManyRequests")
+        self.args = (message, status, retry_after_s, budget)
+        self.retry_after_s = retry_after_s
+        self.budget = budget
+
+
+class SimulationError(GalerneError):
+    """A trace, a profile or an option that cannot be simulated; the message says which and what is allowed."""
 
 
 class RequestError(GalerneError):
@@ -123,6 +190,21 @@ class PayloadTooLarge(RequestError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class RateLimited(RequestError):
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+
+class TokensLimited(RateLimited):
+    type = "tokens"
+
+
+class QuotaExceeded(RateLimited):
+    type = "insufficient_quota"
+    code = "insufficient_quota"
 
 
 class HeadersTooLarge(RequestError):

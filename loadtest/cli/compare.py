@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -26,6 +27,8 @@ from loadtest.report import shown, table, write_summary
 from loadtest.targets import fake_cluster, real_cluster
 
 _WIDTH = 120
+# In a way's line: its caveat stands below the tables.
+_MARK = "hosts its engine (see below)"
 
 
 def compare(
@@ -51,6 +54,8 @@ def compare(
     except ValueError as problem:
         raise LoadtestError(f"--streams and --prompt-kib are numbers with commas: {problem}") from problem
     plan = Plan(loads, output_tokens, run_s, repeats, timeout_s)
+    # Asked to end, end as on Ctrl-C: cluster and peers go too.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with ExitStack() as held:
         if real:
             subject = held.enter_context(real_cluster())
@@ -72,6 +77,8 @@ def compare(
         if name in PEERS:
             held_shown = runner.shown
             console.print(f"{name} {held_shown['version']}: {held_shown['argv']}", markup=False, style="dim")
+        if runner.caveat:
+            console.print(f"{_MARK} {name}: {runner.caveat}", markup=False)
     write_summary(
         out,
         name="compare",
@@ -106,7 +113,7 @@ def _cells(row: Row) -> list[str]:
     if cell is None:
         return [row.way, *["–"] * 6, f"failed: {(row.problem or '')[:200]}"]
     first = [row.way, shown(cell.gateway["tok_s"], 0)]
-    note = "; ".join(cell.invalid)
+    note = "; ".join((*([_MARK] if row.caveat else []), *cell.invalid))
     if row.way == DIRECT:
         return [*first, *["–"] * 5, note]
     compared = cell.compared
@@ -146,5 +153,6 @@ def _json(row: Row) -> dict[str, Any]:
         "way": row.way,
         "load": row.load,
         "problem": row.problem,
+        "caveat": row.caveat or None,
         "cell": None if row.cell is None else row.cell.as_json(),
     }

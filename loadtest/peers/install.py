@@ -1,4 +1,8 @@
-"""A peer's own environment: made once, with its dependencies resolved there, never in the product's."""
+"""A peer's own environment: made once, with its dependencies resolved there, never in the product's.
+
+Wheels that are not on the package index (PyTorch's CPU builds, in some places) are looked for where UV_FIND_LINKS or
+PIP_FIND_LINKS says.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loadtest.errors import LoadtestError
@@ -15,6 +19,8 @@ from loadtest.peers.peer import Peer
 CACHE_VARIABLE = "XDG_CACHE_HOME"
 _TIMEOUT_S = 900
 _SHOWN_LINES = 8
+# uv's list has commas, pip's has blanks.
+_UV_LINKS, _PIP_LINKS = "UV_FIND_LINKS", "PIP_FIND_LINKS"
 # Written last: an environment without it was cut off half way.
 _COMPLETE = ".complete"
 _OWN_UV = Path(__file__).resolve().parents[2] / ".tools" / "bin" / "uv"
@@ -28,7 +34,8 @@ def cache() -> Path:
 
 def installed(peer: Peer, folder: Path) -> Path:
     """The peer's folder of programs, installed first where it is not. Raises LoadtestError with pip's own words."""
-    home = peer.home(folder)
+    wanted = peer.environment
+    home = wanted.home(folder)
     programs = home / "bin"
     if (home / _COMPLETE).exists():
         return programs
@@ -38,15 +45,28 @@ def installed(peer: Peer, folder: Path) -> Path:
     if uv is None:
         raise LoadtestError(f"{peer.name}: uv is not installed here; run `make install` first")
     _run(peer, [uv, "venv", "--quiet", "--python", sys.executable, str(home)])
-    _run(peer, [uv, "pip", "install", "--quiet", "--python", str(programs / "python"), *peer.requirements])
+    install = [uv, "pip", "install", "--quiet", "--python", str(programs / "python")]
+    if wanted.overrides:
+        overrides = home / "overrides.txt"
+        overrides.write_text("\n".join(wanted.overrides) + "\n", encoding="utf-8")
+        install += ["--override", str(overrides)]
+    _run(peer, [*install, *wanted.requirements])
     (home / _COMPLETE).touch()
     return programs
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """uv's: it does not know pip's variable."""
+    links = environ.get(_UV_LINKS) or ",".join(environ.get(_PIP_LINKS, "").split())
+    return {**environ, **({_UV_LINKS: links} if links else {})}
 
 
 def _run(peer: Peer, command: Sequence[str]) -> None:
     try:
         # A fixed program with a catalogue's words.
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)  # noqa: S603
+        ended = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment(os.environ)
+        )
     except subprocess.TimeoutExpired:
         raise LoadtestError(f"{peer.name}: not installed after {_TIMEOUT_S} s") from None
     if ended.returncode:

@@ -1,8 +1,8 @@
 """The early, cheap refusal of bad input, before an engine is touched.
 
 Promises: what passes is inside every bound of `LimitsConfig`; what does not is a BadRequest whose sentence
-names the field and the limit; nothing else is ever raised, whatever the bytes; one parse, and no copy of
-the body is made for the engine, which gets the client's own bytes.
+names the field and the limit; nothing else is ever raised, whatever the bytes; one parse, and nothing is
+written anew for the engine, which gets the client's own bytes (and the tenant's cache salt behind them).
 
 The engine parses those bytes again (Python's json, then pydantic), so the two views must not differ in what
 is bounded here. They do not: keys are unescaped and compared exactly by both; of a repeated key both keep
@@ -25,6 +25,7 @@ from serving.admission import content, json_shape, shapes
 from serving.admission.complaints import above, decode, is_given, missing, too_long, too_many, unsupported
 from serving.config import LimitsConfig
 from serving.errors import BadRequest
+from serving.metering.usage import BYTES_PER_TOKEN
 
 
 class BodyKind(StrEnum):
@@ -208,7 +209,7 @@ def _detokenize(found: shapes.Detokenize, limits: LimitsConfig) -> int:
         raise missing("tokens")
     if len(found.tokens) > limits.prompt_tokens:
         raise too_many("tokens", limits.prompt_tokens, len(found.tokens), "tokens")
-    return len(found.tokens) * content.TOKEN_TEXT_BYTES
+    return len(found.tokens) * BYTES_PER_TOKEN
 
 
 def _responses(found: shapes.Responses, limits: LimitsConfig) -> int:

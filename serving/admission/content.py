@@ -24,9 +24,8 @@ from serving.admission.complaints import (
 )
 from serving.config import LimitsConfig
 from serving.errors import BadRequest
+from serving.metering.usage import BYTES_PER_TOKEN
 
-# A token's text is about four bytes; so a prompt of token ids weighs like the text it stands for.
-TOKEN_TEXT_BYTES = 4
 # JSON values in one body, token ids aside: several times what the most messages and tools amount to.
 MAX_VALUES = 65536
 # All tools together against one tool: an agent has many small ones.
@@ -142,7 +141,7 @@ def prompt(found: msgspec.Raw, param: str, max_prompts: int, limits: LimitsConfi
         tokens = len(decode(_tokens, found, param))
     if tokens > limits.prompt_tokens:
         raise too_many(param, limits.prompt_tokens, tokens, "tokens in one request")
-    return tokens * TOKEN_TEXT_BYTES
+    return tokens * BYTES_PER_TOKEN
 
 
 def _batch(param: str, prompts: int, max_prompts: int) -> None:

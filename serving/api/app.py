@@ -1,6 +1,6 @@
 """The gateway: an ASGI app that tells a request's story from top to bottom.
 
-    route -> authenticate -> read -> bound -> look the model up -> choose a replica -> relay -> count
+    route -> authenticate -> read -> bound -> look the model up -> quota -> queue -> choose a replica -> relay -> count
 
 Every step that can refuse comes before an engine is touched and raises a RequestError; `Gateway` turns it into
 OpenAI's error body. It promises that each accepted request is counted exactly once as completed, rejected,
@@ -9,36 +9,54 @@ failed or cancelled.
 
 from __future__ import annotations
 
-import json
-import re
+import asyncio
 import time
 import uuid
 from collections.abc import Callable
-from datetime import date
+from contextlib import nullcontext
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from serving.admission import bounds
-from serving.api import errors, routes
-from serving.api.auth import Identity, KeyRing
+from serving import tracing
+from serving.admission import bounds, output_default, quotas
+from serving.admission.hold import Hold
+from serving.admission.shared_service import SharedService
+from serving.admission.shedding import Bounds, Shedder
+from serving.api import loop_lag, openapi, routes
+from serving.api.auth import Door, Identity
+from serving.api.auth.denials import DENIALS, Denials
+from serving.api.billing import Billing
 from serving.api.body import ClientLeft, Receive, Scope, Send, read_body
+from serving.api.cache_salt import CacheSalts
+from serving.api.call import Call, refuse_other_protocols
 from serving.api.catalogue import Catalogue, version
-from serving.api.relay import CutAnswer, Exchange, Headers, Relay
+from serving.api.engine_facts import EngineFacts
+from serving.api.explain import Explainer, asked
+from serving.api.ops import PATHS as OPS
+from serving.api.ops import Ops
+from serving.api.relay import CutAnswer, Exchange, Relay
 from serving.api.upstream import Pool
+from serving.api.watch import Watch
+from serving.cluster import edge
 from serving.config import GalerneConfig
 from serving.errors import BadRequest, HeadersTooLarge, MethodNotAllowed, NotFound, RequestError, Unavailable
+from serving.metering.ledger import Ledger
 from serving.metrics.gateway import GatewayMetrics
-from serving.metrics.table import NO_MODEL, NO_TENANT
+from serving.routing.health import Health
 from serving.routing.replicas import Endpoint, ReplicaSet
 
-REQUEST_ID = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
-CLIENT_LEFT = 499  # as nginx and HAProxy log it; nobody is there to receive it
+if TYPE_CHECKING:
+    from serving.api.auth.tokens import TokenDoor
+
 CUT = "cut"
 BUSY_RETRY_AFTER_S = 1
-WEBSOCKET_POLICY = 1008
-OTHER_ROUTE = "other"
+# Names the conversation, for routing policy `session`.
+SESSION_HEADER = b"x-session-id"
+# An administrator's key beside a tenant's: the answer says which replica it came from and why.
+ADMIN_HEADER = b"x-galerne-admin"
 
 log = structlog.get_logger("galerne.gateway")
 
@@ -54,55 +72,152 @@ class Gateway:
         metrics: GatewayMetrics,
         echo_request_id: bool = True,
         clock: Callable[[], float] = time.monotonic,
-        today: Callable[[], date] = date.today,
+        wall: Callable[[], float] = time.time,
         rng: Random | None = None,
+        wake: Callable[[str], None] = lambda _: None,
+        ledger: Ledger | None = None,
+        limits_file: Path | None = None,
     ) -> None:
+        """`wake(model)` is called while requests wait for a model that sleeps; it must not block.
+
+        `ledger` gets a row for each accepted request; None: nobody is billed. `limits_file` keeps budgets across
+        restarts where no shared store does.
+        """
         rng = rng or Random()  # noqa: S311 - spreads load; no secret depends on it
         self._config = config
         self._limits = config.limits
-        self._keys = KeyRing(config.tenants)
+        self._proof = edge.proof(engine_token).encode()
+        self._wall = wall
+        # Cryptography is loaded where there are tokens to verify.
+        self._tokens = _tokens(config, metrics) if config.oidc else None
+        self._door = Door(config, edge=self._proof, wall=wall, tokens=self._tokens)
+        self._denials = Denials(metrics.denied, clock)
         self._metrics = metrics
+        metrics.expect(config)
         self._echo_request_id = echo_request_id
         self._clock = clock
-        self._today = today
         self._in_flight = 0
-        self.replicas = ReplicaSet((m.id for m in config.models), rng)
+        self.replicas = ReplicaSet(config.models, rng, clock=clock, on_choice=metrics.routed)
         self._pool = Pool(config.gateway.connect_timeout_s)
+        self._facts = EngineFacts(self._pool, self.replicas)
+        self._salts = CacheSalts(engine_token, (tenant.id for tenant in config.tenants))
         self._catalogue = Catalogue(config, self.replicas, int(time.time()))
+        self._explainer = Explainer(config, self._catalogue, self.replicas)
+        self.hold = Hold(config.models, config.tenants, clock=clock, on_need=wake, metrics=metrics)
+        self._rng = rng
+        self.quotas = quotas.of(config, metrics, limits_file)
+        self.health = Health(config.models, clock, metrics)
+        faults = config.gateway.faults
+        self._watch = Watch(
+            self._pool, self.health, faults, engine_token=engine_token, clock=clock, on_slow=metrics.slow_reader
+        )
+        self._shedder = Shedder(Bounds(faults.shed_lag_s, faults.shed_memory_bytes), lambda: self._in_flight)
+        self._tasks: list[asyncio.Task[None]] = []
         self._relay = Relay(
             self.replicas,
             self._pool,
+            self.hold,
+            {m.id: m.hold.keep_alive_s for m in config.models},
+            self.health,
+            self._watch,
             engine_token=engine_token,
             response_timeout_s=config.gateway.response_timeout_s,
             clock=clock,
             rng=rng,
             on_failure=metrics.upstream_failed,
             on_gap=metrics.gap,
+            on_first=metrics.first_byte,
+            on_retry=metrics.retried,
         )
-        metrics.watch(self.replicas)
+        self._billing: Billing | None = None
+        self._ledger = ledger
+        if ledger is not None:
+            self._billing = Billing(ledger, self._pool, engine_token=engine_token, clock=clock, on_row=metrics.billed)
+            metrics.watch_ledger(ledger.state)
+        metrics.watch(self.replicas, self.hold)
+        metrics.watch_ejections(self.health)
+        self._tracer = None if config.tracing is None else tracing.tracer(config.tracing)
+        self._ops = Ops.of(config, self.replicas, self.hold, metrics, lambda: self._in_flight, clock)
 
     def update_replicas(self, model: str, endpoints: tuple[Endpoint, ...]) -> None:
         """Take the cluster's current replicas of a model."""
+        known = self.replicas.endpoints(model)
         for gone in self.replicas.update(model, endpoints):
             self._pool.drop(gone)
+        self.health.update(model, endpoints)
+        for endpoint in endpoints:
+            if endpoint not in known:
+                self._facts.ask(model, endpoint)
+        self.hold[model].update(self.replicas.ready(model))
+
+    def divide(self, gateways: int) -> None:
+        """Take how many gateways, this one included, serve the same clients with the same engines."""
+        self.hold.divide(gateways)
+        self.quotas.divide(gateways)
+
+    def start(self) -> None:
+        """Begin what goes on beside requests; to be called on the event loop."""
+        beside = {
+            "watch": self._watch.run(),
+            "loop-lag": loop_lag.watch(self._late, self._clock, asyncio.sleep),
+            "quotas": self.quotas.watch(asyncio.sleep),
+        }
+        if self.quotas.link is not None:
+            shared = SharedService(self.hold, self.quotas.link, uuid.uuid4().hex, self._clock)
+            beside["shared-service"] = shared.run(asyncio.sleep)
+        if self._tokens is not None:
+            beside["issuers-keys"] = self._tokens.run()
+        self._tasks = [asyncio.create_task(work, name=name) for name, work in beside.items()]
+
+    def _late(self, seconds: float) -> None:
+        self._metrics.loop_lag(seconds)
+        self._shedder.observe(seconds)
 
     def close(self) -> None:
-        """Close idle connections to engines."""
+        """End the watch, close idle connections to engines, send the spans and rows that wait, write what is kept."""
+        self._facts.close()
+        for task in self._tasks:
+            task.cancel()
+        self.quotas.close()
+        if self._billing is not None and self._ledger is not None:
+            self._billing.close()
+            self._ledger.close()
         self._pool.close()
+        if self._tracer is not None:
+            self._tracer.close()
+
+    def reload(self, config: GalerneConfig) -> None:
+        """Take this configuration's tenants and administrators, all at once; the rest of it has to be the same.
+
+        Whoever was let in before keeps what it was let in as: no request under way is touched.
+        """
+        self._door = Door(config, edge=self._proof, wall=self._wall, tokens=self._tokens)
+        if self._tokens is not None:
+            self._tokens.follow(config)
+        self._salts.follow(tenant.id for tenant in config.tenants)
+        self.hold.update(config.tenants)
+        self.quotas.update(config.tenants)
+        self._ops.follow(config)
+        self._explainer.follow(config)
+        self._metrics.expect(config)
+        self._config = config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await _refuse_other_protocols(scope, receive, send)
+            await refuse_other_protocols(scope, receive, send)
             return
         started_s = self._clock()
-        call = _Call(scope, receive, send, echo_request_id=self._echo_request_id)
+        call = Call(scope, receive, send, echo_request_id=self._echo_request_id)
         try:
             status = await self._story(call)
         except RequestError as error:
             status = error.status
+            self._metrics.refused(call.model, call.tenant, error.code or str(status))
+            if isinstance(error, DENIALS):
+                self._denials.note(error, call.request_id)
             await call.refuse(error)
         except ClientLeft:
-            status = CLIENT_LEFT
+            status = ClientLeft.status
         except CutAnswer:
             self._metrics.answered(call.route, call.model, call.tenant, CUT, self._clock() - started_s)
             raise
@@ -112,13 +227,21 @@ class Gateway:
             await call.refuse(RequestError("The gateway failed on this request.", code="internal_error"))
         self._metrics.answered(call.route, call.model, call.tenant, str(status), self._clock() - started_s)
 
-    async def _story(self, call: _Call) -> int:
+    async def _story(self, call: Call) -> int:
         # The path as the server parsed it, never one rebuilt from Host: see THREATS, auth on a URL.
         path = call.path
         if path in {routes.LIVE, routes.READY}:
             return await self._health(call)
         self._bound_headers(call.scope["headers"])
-        identity = self._keys.identify(call.headers.get(b"authorization"), self._today())
+        if self._config.admins and path in OPS:
+            call.route = path
+            door = self._door
+            return await call.answer(
+                await self._ops.answer(path, call.method, lambda: door.admin(call.headers, call.scope))
+            )
+        if self._config.admins and path == routes.EXPLAIN:
+            return await self._explain(call)
+        identity = self._door.enter(call.headers, call.scope)
         call.tenant = identity.tenant_id
         route = routes.RELAYED.get(path)
         if route is None:
@@ -126,7 +249,10 @@ class Gateway:
         call.route = path
         if call.method != "POST":
             raise MethodNotAllowed(f"{path} takes POST.")
-        if self._in_flight >= self._config.gateway.max_ongoing_requests:
+        identity.require("inference")
+        full = self._in_flight >= self._config.gateway.max_ongoing_requests
+        if full or self._shedder.reason is not None:
+            self._metrics.shed("requests" if full else str(self._shedder.reason))
             raise Unavailable(
                 "The gateway has as many requests as it takes. Try again shortly.",
                 code="overloaded",
@@ -138,14 +264,16 @@ class Gateway:
         finally:
             self._in_flight -= 1
 
-    async def _relayed(self, call: _Call, route: routes.EngineRoute, identity: Identity) -> int:
+    async def _relayed(self, call: Call, route: routes.EngineRoute, identity: Identity) -> int:
+        limits = identity.limits or self._limits
         body = await read_body(
             call.headers.get(b"content-length"),
             call.receive,
-            limit_bytes=self._limits.body_bytes,
+            limit_bytes=limits.body_bytes,
             timeout_s=self._config.gateway.body_timeout_s,
         )
-        facts = bounds.read(route.kind, body, self._limits)
+        facts = bounds.read(route.kind, body, limits)
+        body, facts = output_default.bounded(route.kind, body, facts, identity.output_tokens)
         model = self._catalogue.model(facts.model, identity)
         call.model = model.id
         if model.task not in route.tasks:
@@ -154,10 +282,67 @@ class Gateway:
                 code="wrong_task",
                 param="model",
             )
-        exchange = Exchange(model.id, route.path, body, call.request_id, started_s=self._clock())
-        with self._metrics.accepted(exchange, identity.tenant_id, facts.stream):
-            await self._relay.run(exchange, call.receive, call.send, call.extra)
+        ask_usage = facts.stream and route.says_usage and not facts.include_usage
+        sent = self._salts.into(body, identity.tenant_id, ask_usage=ask_usage) if route.computes else body
+        exchange = Exchange(
+            model.id,
+            route.path,
+            sent,
+            call.request_id,
+            started_s=self._clock(),
+            tenant=identity.tenant_id,
+            key_id=identity.key_id,
+            facts=facts,
+            computes=route.computes,
+            asked=asked(route, facts, sent, identity.tenant_id, model.id, call.headers.get(SESSION_HEADER)),
+            shows_route=self._is_admins(call),
+            stream=facts.stream,
+        )
+        if identity.tenant_id not in self.quotas:
+            return await self._accepted(call, exchange)
+        cost = self.hold[model.id].expect(exchange, len(body))
+        lease = f"{self._rng.getrandbits(64):016x}"
+        charge = await self.quotas.admit(identity.tenant_id, model.id, lease, cost, call.extra)
+        try:
+            return await self._accepted(call, exchange)
+        finally:
+            if charge is not None:
+                self.quotas.settle(charge, exchange, cost)
+
+    async def _accepted(self, call: Call, exchange: Exchange) -> int:
+        billed = nullcontext() if self._billing is None else self._billing.request(exchange)
+        with self._metrics.accepted(exchange, exchange.tenant, exchange.stream), billed:
+            if self._tracer is None:
+                await self._relay.run(exchange, call.receive, call.send, call.extra)
+            else:
+                with self._tracer.request(exchange, call.headers.get(b"traceparent"), call.send) as (header, send):
+                    exchange.traceparent = header
+                    await self._relay.run(exchange, call.receive, send, call.extra)
         return exchange.status
+
+    async def _explain(self, call: Call) -> int:
+        call.route = routes.EXPLAIN
+        self._door.admin(call.headers, call.scope)
+        if call.method != "POST":
+            raise MethodNotAllowed(f"{routes.EXPLAIN} takes POST.")
+        question = await read_body(
+            call.headers.get(b"content-length"),
+            call.receive,
+            limit_bytes=self._limits.body_bytes,
+            timeout_s=self._config.gateway.body_timeout_s,
+        )
+        return await call.answer_json(200, self._explainer.explain(question))
+
+    def _is_admins(self, call: Call) -> bool:
+        """Whether an administrator's key came along; any other key there changes nothing: headers refuse nobody."""
+        key = call.headers.get(ADMIN_HEADER)
+        if key is None:
+            return False
+        try:
+            self._door.admin({b"authorization": b"Bearer " + key}, call.scope)
+        except RequestError:
+            return False
+        return True
 
     def _bound_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
         size = sum(len(name) + len(value) for name, value in headers)
@@ -166,7 +351,7 @@ class Gateway:
                 f"The request's headers exceed {self._limits.header_bytes} bytes or {self._limits.header_count} fields."
             )
 
-    async def _health(self, call: _Call) -> int:
+    async def _health(self, call: Call) -> int:
         if call.method not in {"GET", "HEAD"}:
             raise MethodNotAllowed(f"{call.path} takes GET.")
         call.route = call.path
@@ -174,15 +359,20 @@ class Gateway:
         word = "live" if call.path == routes.LIVE else "ready" if ready else "starting"
         return await call.answer_json(200 if ready else 503, {"status": word})
 
-    async def _own(self, call: _Call, identity: Identity) -> int:
+    async def _own(self, call: Call, identity: Identity) -> int:
         path = call.path
         if path == routes.MODELS:
+            identity.require("models")
             content: dict[str, Any] = self._catalogue.listing(identity)
         elif path == routes.VERSION:
             content = version()
+        elif path == routes.OPENAPI:
+            content = openapi.document()
         elif path.startswith(routes.MODEL_PREFIX):
-            model = self._catalogue.model(path.removeprefix(routes.MODEL_PREFIX), identity)
-            content = self._catalogue.card(model)
+            identity.require("models")
+            name = path.removeprefix(routes.MODEL_PREFIX)
+            self._catalogue.model(name, identity)
+            content = self._catalogue.card(name)
             path = routes.MODEL_PREFIX + "{id}"
         else:
             raise NotFound(f"There is no {call.method} {path[:128]} here. The README lists the routes.")
@@ -192,72 +382,11 @@ class Gateway:
         return await call.answer_json(200, content)
 
 
-class _Call:
-    """One HTTP request as the story reads it, and how to answer it without an engine.
+def _tokens(config: GalerneConfig, metrics: GatewayMetrics) -> TokenDoor:
+    from serving.api.auth.tokens import TokenDoor
 
-    `route`, `model` and `tenant` are label values of the metrics, filled in as the story learns them; all come
-    from bounded sets.
-    """
-
-    __slots__ = (
-        "extra",
-        "headers",
-        "method",
-        "model",
-        "path",
-        "receive",
-        "request_id",
-        "route",
-        "scope",
-        "send",
-        "tenant",
-    )
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send, *, echo_request_id: bool) -> None:
-        self.scope = scope
-        self.receive = receive
-        self.send = send
-        self.path: str = scope["path"]
-        self.method: str = scope["method"]
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.request_id = _request_id(self.headers.get(b"x-request-id"))
-        self.extra: Headers = [(b"x-request-id", self.request_id.encode())] if echo_request_id else []
-        self.route = OTHER_ROUTE
-        self.model = NO_MODEL
-        self.tenant = NO_TENANT
-
-    async def refuse(self, error: RequestError) -> None:
-        """Answer with OpenAI's error body."""
-        await self._answer(error.status, errors.body(error), errors.headers(error))
-
-    async def answer_json(self, status: int, content: dict[str, Any]) -> int:
-        """Answer with JSON; returns the status."""
-        body = json.dumps(content).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self._answer(status, body, headers)
-        return status
-
-    async def _answer(self, status: int, body: bytes, headers: Headers) -> None:
-        await self.send({"type": "http.response.start", "status": status, "headers": headers + self.extra})
-        # The server drops the body of an answer to HEAD.
-        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+    return TokenDoor(config, metrics.issuer_keys)
 
 
 def _article(task: str) -> str:
     return {"generate": "a text generation", "embed": "an embedding"}[task]
-
-
-def _request_id(presented: bytes | None) -> str:
-    if presented is not None and REQUEST_ID.fullmatch(presented):
-        return presented.decode()
-    return uuid.uuid4().hex
-
-
-async def _refuse_other_protocols(scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "websocket":
-        await receive()
-        await send({"type": "websocket.close", "code": WEBSOCKET_POLICY})
-    elif scope["type"] == "lifespan":
-        while (await receive())["type"] != "lifespan.shutdown":
-            await send({"type": "lifespan.startup.complete"})
-        await send({"type": "lifespan.shutdown.complete"})

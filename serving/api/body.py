@@ -21,6 +21,9 @@ MAX_LENGTH_DIGITS = 18
 class ClientLeft(GalerneError):
     """The client closed its connection; there is nobody to answer."""
 
+    # As nginx and HAProxy log it.
+    status = 499
+
 
 async def read_body(content_length: bytes | None, receive: Receive, *, limit_bytes: int, timeout_s: float) -> bytes:
     """The whole body; raises PayloadTooLarge, RequestTimeout, BadRequest or ClientLeft.

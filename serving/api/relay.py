@@ -1,34 +1,50 @@
 """Relays one request to one engine replica and its answer back, as bytes, in the order they come.
 
-What it promises: nothing is sent twice once bytes of it went out; a client that leaves frees its engine at
-once; an answer that breaks off is never silent (a stream ends with an error event in OpenAI's shape, any other
-answer with a cut connection); an engine's own 5xx text, which may name its internals, never reaches a client.
+What it promises: nothing is sent twice once a byte of an answer has come; a client that leaves frees its engine, or its
+place in the hold, at once; while a request waits for a replica, a client that streams hears so; an answer that
+breaks off is never silent (a stream ends with an error event in OpenAI's shape, any other answer with a cut
+connection); an engine's own 5xx text, which may name its internals, never reaches a client.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
+from serving.admission.bounds import RequestFacts
+from serving.admission.hold import Hold
+from serving.admission.ticket import Ticket
 from serving.api.body import ClientLeft, Receive, Send
 from serving.api.errors import sse_event
+from serving.api.retry import ERROR_EVENT, SERVER_ERROR, again_allowed, answered, failed_engine, is_server_error, lost
 from serving.api.upstream import Connection, Pool, UpstreamError
-from serving.errors import Unavailable, UpstreamFailed, UpstreamTimeout
-from serving.routing.replicas import Lease, ReplicaSet
+from serving.api.watch import Watch
+from serving.cluster.edge import ENGINE_TOKEN_HEADER
+from serving.errors import RateLimited, RequestError, Unavailable, UpstreamFailed
+from serving.metering.answers import EVENT_END, meter
+from serving.metering.best_known import best_known
+from serving.metering.usage import Usage
+from serving.routing.asked import Asked
+from serving.routing.health import Health
+from serving.routing.replicas import Endpoint, Lease, ReplicaSet
+from serving.routing.retry_budget import Turn
 
-TOKEN_HEADER = b"x-galerne-engine-token"
+TOKEN_HEADER = ENGINE_TOKEN_HEADER.encode()
+ROUTE_HEADER = b"x-galerne-route"
 RETRY_AFTER_S = 5
 MAX_REPLICAS_TRIED = 3
 EVENT_STREAM = b"text/event-stream"
-EVENT_END = b"\n\n"
 HELD_BYTES = 1024 * 1024  # an event larger than this is passed on in pieces
 FORWARDED_HEADERS = frozenset({b"content-type", b"content-length"})
-SERVER_ERROR = 500
+OK = 200
+# A line that every reader of server-sent events skips.
+KEEP_ALIVE = b": keep-alive\n\n"
 
-Outcome = Literal["completed", "failed", "cancelled"]
+Outcome = Literal["completed", "rejected", "failed", "cancelled"]
 
 
 class CutAnswer(Exception):
@@ -44,13 +60,57 @@ class Exchange:
     body: bytes
     request_id: str
     started_s: float
+    tenant: str = ""
+    # The key's id, never the key.
+    key_id: str = ""
+    # What the gateway decides by; None where a test relays bytes alone.
+    facts: RequestFacts | None = None
+    # Whether an engine computes for it.
+    computes: bool = True
+    # What its replica is chosen by; None: by load alone.
+    asked: Asked | None = None
+    # An administrator wants to see why it went where it went.
+    shows_route: bool = False
+    # A whole header line for the engine, where requests are traced.
+    traceparent: bytes = b""
+    stream: bool = False
     status: int = 0
     first_byte_s: float | None = None
+    last_byte_s: float | None = None
+    # Events of a stream after those that came with its first bytes: one a token, by and large.
+    later_events: int = 0
     sent_bytes: int = 0
+    # Set when the relay returns, however it ended: as the engine counted, or a guess where it has not said so.
+    usage: Usage | None = None
+    usage_exact: bool = False
+    # The engine that the request was sent to last, and what it is called there; empty: it was never sent.
+    engine: Endpoint | None = None
+    engine_request_id: str = ""
     outcome: Outcome = "failed"
     cut: bool = False
     client_left: bool = False
+    # The answer's head went out while the request was held: from then on everything is an event.
+    head_sent: bool = False
+    # The replica that has it, those that lost it before they answered, and one that may only have met a bad request.
+    replica: str = ""
+    spent: frozenset[str] = frozenset()
+    suspect: str = ""
+    turn: Turn | None = field(default=None, repr=False)
+    waits_for_turn: bool = False
+    bound: asyncio.Timeout | None = field(default=None, repr=False)
+    ticket: Ticket | None = field(default=None, repr=False)
     connection: Connection | None = field(default=None, repr=False)
+    lease: Lease | None = field(default=None, repr=False)
+
+    @property
+    def result(self) -> Outcome:
+        """How it ended: what was left unfinished because its client went is no failure."""
+        return "cancelled" if self.outcome != "completed" and self.client_left else self.outcome
+
+    @property
+    def named(self) -> str:
+        """What the client asked for by name: the model, or an adapter of it."""
+        return self.model if self.facts is None else self.facts.model
 
 
 class Relay:
@@ -60,6 +120,10 @@ class Relay:
         self,
         replicas: ReplicaSet,
         pool: Pool,
+        hold: Hold,
+        keep_alive_s: Mapping[str, float],
+        health: Health,
+        watch: Watch,
         *,
         engine_token: str,
         response_timeout_s: float,
@@ -67,52 +131,153 @@ class Relay:
         rng: Random,
         on_failure: Callable[[str, str], None],
         on_gap: Callable[[str, float], None],
+        on_first: Callable[[Exchange, int], None],
+        on_retry: Callable[[str, str, str], None],
     ) -> None:
         self._replicas = replicas
         self._pool = pool
+        self._hold = hold
+        self._keep_alive_s = keep_alive_s  # by model
+        self._health = health
+        self._watch = watch
         self._token = engine_token.encode()
         self._response_timeout_s = response_timeout_s
         self._clock = clock
         self._rng = rng
         self._on_failure = on_failure  # (model, kind)
-        self._on_gap = on_gap  # (model, seconds between two chunks)
+        self._on_gap = on_gap  # (model, seconds between two chunks of a stream)
+        self._on_first = on_first  # (exchange, the engine's status) at the first byte
+        self._on_retry = on_retry  # (model, kind of failure, what came of it)
 
     async def run(self, exchange: Exchange, receive: Receive, send: Send, headers: Headers) -> None:
         """Relay to the end; raises RequestError before the first byte, ClientLeft, or CutAnswer after it."""
         watcher = asyncio.ensure_future(_watch(exchange, receive))
         try:
-            lease, connection = await self._send(exchange)
-            with lease:
-                exchange.connection = connection
-                try:
-                    if exchange.client_left:
-                        raise ClientLeft("the client left before its request was sent")
-                    await self._answer(exchange, connection, send, headers)
-                except UpstreamError as error:
-                    if exchange.client_left:
-                        raise ClientLeft("the client left while its answer was under way") from None
-                    await self._broken(exchange, error, send)
-                finally:
-                    exchange.connection = None
-                    self._pool.release(lease.endpoint, connection)
+            with self._health[exchange.model].budget:
+                async with asyncio.timeout(None) as exchange.bound:
+                    sent = await self._send(exchange, send, headers)
+                    while (error := await self._attempt(exchange, *sent, send, headers)) is not None:
+                        sent = await self._again(exchange, error)
+        except RequestError as error:
+            if isinstance(error, (Unavailable, RateLimited)):
+                exchange.outcome = "rejected"
+            if not exchange.head_sent:
+                raise
+            await self._last_event(exchange, sse_event(error), send)
+        except TimeoutError as error:  # from `bound`
+            exchange.client_left = True
+            raise ClientLeft("the client left, or does not read its answer") from error
         finally:
             watcher.cancel()
+            if exchange.usage is None:
+                exchange.usage, exchange.usage_exact = best_known(exchange)
+            if exchange.ticket is not None:
+                exchange.ticket.end()
 
-    async def _send(self, exchange: Exchange) -> tuple[Lease, Connection]:
-        """Put the request on a connection to a replica; a replica that cannot be reached is passed over."""
+    async def _attempt(
+        self, exchange: Exchange, lease: Lease, connection: Connection, send: Send, headers: Headers
+    ) -> UpstreamError | None:
+        """Relay one replica's answer; where not a byte of it came, returns why."""
+        replica = exchange.replica = lease.endpoint.replica_id
+        attempt = self._watch.begin(exchange.model, lease.endpoint, connection, exchange.bound)
+        with lease:
+            exchange.connection, exchange.engine, exchange.lease = connection, lease.endpoint, lease
+            if exchange.shows_route:
+                headers = [*headers, (ROUTE_HEADER, lease.choice.described())]
+            try:
+                if exchange.client_left:
+                    raise ClientLeft("the client left before its request was sent")
+                await self._answer(exchange, connection, send, headers)
+            except UpstreamError as error:
+                if exchange.client_left:
+                    raise ClientLeft("the client left while its answer was under way") from None
+                self._on_failure(exchange.model, error.kind)
+                if exchange.first_byte_s is None:
+                    exchange.spent |= {replica}
+                    lost(self._health[exchange.model].ejections, exchange, error.kind)
+                    return error
+                await self._broken(exchange, error, send)
+            finally:
+                exchange.connection = None
+                self._watch.end(attempt)
+                self._pool.release(lease.endpoint, connection)
+                if exchange.turn is not None:
+                    exchange.turn.end()
+        return None
+
+    async def _again(self, exchange: Exchange, error: UpstreamError) -> tuple[Lease, Connection]:
+        """Put a request that its replica lost on another; raises what the client is to hear where that cannot be.
+
+        Why that is safe for a POST is `serving.api.retry`'s.
+        """
+        exchange.waits_for_turn = True
+        end, exchange.turn = await again_allowed(self._health[exchange.model], exchange.spent, error.kind)
+        exchange.waits_for_turn = False
+        sent = None
+        if exchange.turn is not None and not exchange.client_left:
+            with contextlib.suppress(Unavailable):
+                sent = await self._connect(exchange)
+            if sent is None:
+                end = "no_replica"
+                exchange.turn.end()
+        if exchange.client_left and sent is None:
+            raise ClientLeft("the client left while another replica was sought")
+        if end is not None:
+            self._on_retry(exchange.model, error.kind, end)
+        if sent is None:
+            raise failed_engine(error.kind) from error
+        return sent
+
+    async def _send(self, exchange: Exchange, send: Send, headers: Headers) -> tuple[Lease, Connection]:
+        """Put the request on a connection to a replica when its turn has come; while none can be reached, it waits."""
+        while True:
+            await self._wait(exchange, send, headers)
+            sent = await self._connect(exchange)
+            if sent is not None:
+                return sent
+            self._hold[exchange.model].unreachable()
+            if exchange.ticket is not None:
+                exchange.ticket.end()
+                exchange.ticket = None
+
+    async def _wait(self, exchange: Exchange, send: Send, headers: Headers) -> None:
+        """Wait for this request's turn; raises RequestError beyond the hold's bounds, or ClientLeft."""
+        ticket = self._hold[exchange.model].enter(exchange.tenant, len(exchange.body), exchange.started_s, exchange)
+        exchange.ticket = ticket
+        if ticket.released:
+            return
+        every_s = self._keep_alive_s[exchange.model] if exchange.stream else None
+        while not await ticket.wait(every_s):
+            if not exchange.head_sent:
+                exchange.head_sent, exchange.status = True, OK
+                await send({"type": "http.response.start", "status": OK, "headers": [*EVENT_HEADERS, *headers]})
+            await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+        if exchange.client_left:
+            raise ClientLeft("the client left while its request was held")
+
+    async def _connect(self, exchange: Exchange) -> tuple[Lease, Connection] | None:
+        """Put the request on a connection to a replica; one that cannot be reached is passed over.
+
+        None where no replica can be reached; raises Unavailable where those that were tried cannot.
+        """
         tried: set[str] = set()
-        head = self._head(exchange)
+        # The engine refuses a request id it already runs, and a client chooses its own: make it unique.
+        unique = f"{exchange.request_id}-{self._rng.getrandbits(32):08x}"
+        head = self._head(exchange, unique)
+        ejections = self._health[exchange.model].ejections
         while len(tried) < MAX_REPLICAS_TRIED:
-            lease = self._replicas.lease(exchange.model, frozenset(tried))
+            lease = self._replicas.lease(exchange.model, ejections.out | exchange.spent | tried, exchange.asked)
             if lease is None:
                 break
             try:
                 connection = await self._pool.connection(lease.endpoint)
                 connection.send(head, exchange.body)
+                exchange.engine_request_id = unique
             except UpstreamError as error:
                 with lease:  # gives the lease back
                     tried.add(lease.endpoint.replica_id)
                 self._on_failure(exchange.model, error.kind)
+                ejections.failed(lease.endpoint.replica_id)
                 continue
             except BaseException:
                 with lease:
@@ -120,51 +285,72 @@ class Relay:
             return lease, connection
         if exchange.client_left:
             raise ClientLeft("the client left before a replica was found")
-        if tried:
+        if len(tried | ejections.out) < self._replicas.ready(exchange.model):
             raise Unavailable(
                 f"No replica of the model '{exchange.model}' can be reached at the moment. Try again shortly.",
                 retry_after_s=RETRY_AFTER_S,
             )
-        raise Unavailable(
-            f"The model '{exchange.model}' is still loading: no replica is ready yet. Try again shortly.",
-            retry_after_s=RETRY_AFTER_S,
-        )
+        return None
 
-    def _head(self, exchange: Exchange) -> bytes:
-        # The engine refuses a request id it already runs, and a client chooses its own: make it unique.
-        unique = f"{exchange.request_id}-{self._rng.getrandbits(32):08x}"
+    def _head(self, exchange: Exchange, unique: str) -> bytes:
         return (
             b"POST %b HTTP/1.1\r\nhost: engine\r\ncontent-type: application/json\r\n%b: %b\r\n"
-            b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n"
-            % (exchange.path.encode(), TOKEN_HEADER, self._token, unique.encode(), len(exchange.body))
+            b"x-request-id: %b\r\n%bcontent-length: %d\r\n\r\n"
+            % (
+                exchange.path.encode(),
+                TOKEN_HEADER,
+                self._token,
+                unique.encode(),
+                exchange.traceparent,
+                len(exchange.body),
+            )
         )
 
-    async def _answer(self, exchange: Exchange, connection: Connection, send: Send, extra: Headers) -> None:
+    async def _first(self, connection: Connection) -> tuple[int, bytes]:
+        """An answer's status and first bytes; raises UpstreamError where it is a failure of the engine's."""
         try:
             async with asyncio.timeout(self._response_timeout_s):
                 status = await connection.head()
+                # vLLM sends a stream's head when it takes the request, and its first event when there is a token.
+                chunk = b"" if status >= SERVER_ERROR else await connection.read()
         except TimeoutError:
             connection.abort()
             raise UpstreamError("timeout", "the engine did not answer in time") from None
-        if status >= SERVER_ERROR:
+        if status >= SERVER_ERROR or (chunk.startswith(ERROR_EVENT) and is_server_error(chunk)):
             connection.abort()
-            self._on_failure(exchange.model, "server_error")
-            raise UpstreamFailed("The engine failed on this request. It may work when sent again.")
+            raise UpstreamError("server_error", "the engine failed on this request")
+        return status, chunk
+
+    async def _answer(self, exchange: Exchange, connection: Connection, send: Send, extra: Headers) -> None:
+        status, chunk = await self._first(connection)
         headers = [(n, v) for n, v in connection.headers if n in FORWARDED_HEADERS]
         headers += extra
-        chunk = await connection.read()
-        exchange.status = status
         exchange.first_byte_s = last_s = self._clock()
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        clock, model, on_gap, read = self._clock, exchange.model, self._on_gap, connection.read
-        sent_bytes, held = 0, b""
+        if exchange.turn is not None:
+            exchange.turn.end()
+        answered(self._health[exchange.model].ejections, exchange)
+        self._on_first(exchange, status)
+        if exchange.lease is not None and status == OK:
+            exchange.lease.answered()
+        if exchange.ticket is not None:
+            exchange.ticket.answered()
         events = (b"content-type", EVENT_STREAM) in _types(connection)
+        if not exchange.head_sent:
+            exchange.status = status
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+        elif not events:
+            await self._as_event(exchange, connection, chunk, send)
+            return
+        on_gap = self._on_gap if events else _no_gap
+        clock, model, read = self._clock, exchange.model, connection.read
+        sent_bytes, held = 0, b""
+        metered = meter(exchange, connection, events=events)
         try:
             while chunk:
                 if held or (events and not chunk.endswith(EVENT_END)):
                     # Half an event is kept back: if the engine dies now, an error event can still follow cleanly.
                     chunk, held = _whole_events(held + chunk)
-                if chunk:
+                if chunk and (chunk := metered.feed(chunk)):
                     sent_bytes += len(chunk)
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunk = await read()
@@ -172,43 +358,62 @@ class Relay:
                     now_s = clock()
                     on_gap(model, now_s - last_s)
                     last_s = now_s
-            if held:
+                    # Read while it grows: it is what the tenant has been given so far.
+                    exchange.later_events += chunk.count(EVENT_END)
+            if held := (metered.feed(held) if held else b"") + metered.end():
                 sent_bytes += len(held)
                 await send({"type": "http.response.body", "body": held, "more_body": True})
         finally:
             exchange.sent_bytes = sent_bytes
+            exchange.last_byte_s = last_s
+            exchange.later_events -= metered.usage_events
+            exchange.usage, exchange.usage_exact = metered.usage, metered.usage is not None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         exchange.outcome = "completed"
 
-    async def _broken(self, exchange: Exchange, error: UpstreamError, send: Send) -> None:
-        self._on_failure(exchange.model, error.kind)
-        if exchange.first_byte_s is None:
-            if error.kind == "timeout":
-                raise UpstreamTimeout("The engine did not answer in time.") from error
-            raise UpstreamFailed(
-                "The engine broke off before it answered. The request may work when sent again."
-            ) from error
-        exchange.cut = True
-        connection = exchange.connection
-        if connection is None or (b"content-type", EVENT_STREAM) not in _types(connection):
-            raise CutAnswer from error
-        event = sse_event(
-            UpstreamFailed("The engine broke off while it was answering; the answer is incomplete.", code="stream_cut")
-        )
+    async def _as_event(self, exchange: Exchange, connection: Connection, chunk: bytes, send: Send) -> None:
+        """An answer that is no stream (the engine refuses) to a client that has a stream's head already."""
+        parts = bytearray()
+        while chunk and len(parts) <= HELD_BYTES:
+            parts += chunk
+            chunk = await connection.read()
+        # JSON takes a space wherever it takes the end of a line, which would end an event.
+        event = b"data: " + bytes(parts).replace(b"\r", b" ").replace(b"\n", b" ") + EVENT_END
+        exchange.outcome = "completed"
+        await self._last_event(exchange, event, send)
+
+    async def _last_event(self, exchange: Exchange, event: bytes, send: Send) -> None:
         exchange.sent_bytes += len(event)
         await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _broken(self, exchange: Exchange, error: UpstreamError, send: Send) -> None:
+        exchange.cut = True
+        connection = exchange.connection
+        events = connection is not None and (b"content-type", EVENT_STREAM) in _types(connection)
+        if not events and not exchange.head_sent:
+            raise CutAnswer from error
+        event = sse_event(
+            UpstreamFailed("The engine broke off while it was answering; the answer is incomplete.", code="stream_cut")
+        )
+        await self._last_event(exchange, event, send)
+
 
 Headers = list[tuple[bytes, bytes]]
+# As vLLM sends it.
+EVENT_HEADERS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
 def _whole_events(data: bytes) -> tuple[bytes, bytes]:
     """Complete events of a stream, and the begun one after them."""
-    if len(data) > HELD_BYTES:
-        return data, b""
     whole, end, begun = data.rpartition(EVENT_END)
+    if not end and len(data) > HELD_BYTES:
+        return data, b""
     return whole + end, begun
+
+
+def _no_gap(model: str, seconds: float) -> None:
+    """A long answer in one piece comes in several reads; they are no tokens."""
 
 
 def _types(connection: Connection) -> Headers:
@@ -220,5 +425,9 @@ async def _watch(exchange: Exchange, receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     exchange.client_left = True
+    if exchange.ticket is not None:
+        exchange.ticket.leave()
     if exchange.connection is not None:
         exchange.connection.fail(UpstreamError("broken", "the client left"))
+    elif exchange.waits_for_turn and exchange.bound is not None:
+        exchange.bound.reschedule(asyncio.get_running_loop().time())

@@ -25,6 +25,16 @@ class EngineRoute:
     kind: BodyKind
     tasks: frozenset[Task]
 
+    @property
+    def computes(self) -> bool:
+        """Whether the engine computes on a prompt for it, and caches what it computed."""
+        return self.kind not in {BodyKind.TOKENIZE, BodyKind.DETOKENIZE}
+
+    @property
+    def says_usage(self) -> bool:
+        """Whether a stream of it ends with a usage event where `stream_options` ask for one."""
+        return self.kind in {BodyKind.CHAT, BodyKind.COMPLETION}
+
 
 RELAYED: dict[str, EngineRoute] = {
     route.path: route
@@ -45,5 +55,8 @@ MODEL_PREFIX = "/v1/models/"
 LIVE = "/health/live"
 READY = "/health/ready"
 VERSION = "/version"
+# For administrators, by POST: which replica a request would go to, and why.
+EXPLAIN = "/ops/route"
+OPENAPI = "/v1/openapi.json"
 # Answered by the gateway itself, by GET.
-OWN: frozenset[str] = frozenset({MODELS, LIVE, READY, VERSION})
+OWN: frozenset[str] = frozenset({MODELS, LIVE, READY, VERSION, OPENAPI})

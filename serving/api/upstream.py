@@ -18,6 +18,7 @@ from typing import Literal
 
 import httptools
 
+from serving.cluster.edge import ENGINE_TOKEN_HEADER
 from serving.errors import GalerneError
 from serving.routing.replicas import Endpoint
 
@@ -25,11 +26,13 @@ IDLE_EXPIRY_S = 30.0  # the engine's server keeps idle connections 75 s
 MAX_IDLE_PER_ENGINE = 1024
 BUFFER_HIGH_BYTES = 256 * 1024  # a slow reader stops the engine's socket here
 
-FailureKind = Literal["connect", "broken", "timeout"]
+FailureKind = Literal["connect", "broken", "timeout", "server_error", "stalled"]
 
 
 class UpstreamError(GalerneError):
-    """The engine side failed: `kind` is connect (nothing was sent), broken or timeout."""
+    """The engine side failed: `kind` is connect (nothing was sent), broken, timeout (no first byte in time),
+    server_error (an answer of 500 and above) or stalled (nothing comes, and the replica does not answer probes).
+    """
 
     def __init__(self, kind: FailureKind, message: str) -> None:
         super().__init__(kind, message)
@@ -54,8 +57,11 @@ class Connection(asyncio.Protocol):
         "_transport",
         "_waiter",
         "done",
+        "fingerprint",
         "headers",
         "idle_since",
+        "reads",
+        "received",
         "status",
     )
 
@@ -65,6 +71,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._closed = False
         self.idle_since = 0.0
+        # How its engine marks a stream's last token (serving.metering.answers); None: not seen yet.
+        self.fingerprint: bytes | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -77,6 +85,9 @@ class Connection(asyncio.Protocol):
         self._head_done = False
         self._keep_alive = False
         self.done = True
+        # How often bytes came and were taken: what the gateway's watch looks at.
+        self.received = 0
+        self.reads = 0
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
 
@@ -89,6 +100,7 @@ class Connection(asyncio.Protocol):
         if self.done:  # bytes nobody asked for: never trust what comes next on this connection
             self.abort()
             return
+        self.received += 1
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -156,6 +168,7 @@ class Connection(asyncio.Protocol):
 
     async def read(self) -> bytes:
         """The next body bytes, everything that has come so far; b"" at the end; raises UpstreamError."""
+        self.reads += 1
         while not self._chunks:
             if self.done:
                 return b""
@@ -167,6 +180,11 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
             self._paused = False
         return chunk
+
+    @property
+    def read_waits(self) -> bool:
+        """Whether the reader waits for the engine; if not it is busy, perhaps with a client that does not read."""
+        return self._waiter is not None
 
     def reusable(self) -> bool:
         """Whether another request may follow on this connection."""
@@ -229,7 +247,25 @@ class Pool:
                 )
         except (OSError, TimeoutError) as error:
             raise UpstreamError("connect", f"engine replica {endpoint.replica_id} cannot be reached") from error
+        if connection.closed:  # taken and given up in one turn of the loop
+            raise UpstreamError("connect", f"engine replica {endpoint.replica_id} closed a new connection")
         return connection
+
+    async def get(self, endpoint: Endpoint, path: str, token: str = "", *, most_bytes: int) -> tuple[int, bytes]:
+        """Status and body of a short answer that an engine's port gives; what is longer is cut off at `most_bytes`.
+
+        Raises UpstreamError.
+        """
+        connection = await self.connection(endpoint)
+        try:
+            head = f"GET {path} HTTP/1.1\r\nhost: engine\r\n{ENGINE_TOKEN_HEADER}: {token}\r\n\r\n"
+            connection.send(head.encode(), b"")
+            status, body = await connection.head(), bytearray()
+            while len(body) < most_bytes and (chunk := await connection.read()):
+                body += chunk
+            return status, bytes(body[:most_bytes])
+        finally:
+            self.release(endpoint, connection)
 
     def release(self, endpoint: Endpoint, connection: Connection) -> None:
         """Give a connection back: kept when its answer ended cleanly, closed otherwise."""

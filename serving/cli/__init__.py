@@ -1,4 +1,4 @@
-"""The command line: `galerne serve | config | models | keys | status`."""
+"""The command line: `galerne serve | cluster | config | explain | models | keys | rules | simulate | status | …`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from rich.live import Live
 from rich.table import Table
 
 from serving import __version__
-from serving.api.auth import new_key
-from serving.cli import state
-from serving.config import GalerneConfig
+from serving.cli import cluster, keys, simulate, state, usage
+from serving.cli.explain import explain
+from serving.cli.verify import verify
+from serving.config import GalerneConfig, Source
 from serving.config_file import load
 from serving.errors import ConfigError, GalerneError
 
@@ -28,10 +29,14 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Check configuration files.")
 models_app = typer.Typer(no_args_is_help=True, help="Prepare and list model weights.")
-keys_app = typer.Typer(no_args_is_help=True, help="Make API keys.")
 app.add_typer(config_app, name="config")
 app.add_typer(models_app, name="models")
-app.add_typer(keys_app, name="keys")
+app.add_typer(keys.app, name="keys")
+app.add_typer(simulate.app, name="simulate")
+app.add_typer(cluster.app, name="cluster")
+app.add_typer(usage.app, name="usage")
+app.command()(verify)
+app.command()(explain)
 
 DEMO = "demo"
 DEMO_KEY = "sk-demo-press"
@@ -71,12 +76,16 @@ def serve(
     ready_file: Annotated[
         Path | None, typer.Option(help="Write the cluster's state here once it answers, as JSON.")
     ] = None,
+    with_prometheus: Annotated[
+        bool, typer.Option("--with-prometheus", help="Start Prometheus beside it, for autoscaling and alerts.")
+    ] = False,
 ) -> None:
     """Serve the models of CONFIG on this machine until Ctrl-C."""
     from serving.cli import lifecycle
 
     path = _config_path(config)
     loaded = load(path)
+    source = Source.of(path, loaded)
     if port is not None:
         loaded = GalerneConfig.model_validate(
             loaded.model_dump() | {"listen": loaded.listen.model_dump() | {"port": port}}
@@ -88,6 +97,8 @@ def serve(
         state.state_dir(loaded.listen.port),
         ready_file.absolute() if ready_file else None,
         DEMO_KEY if loaded.demo_keys else None,
+        with_prometheus,
+        source,
     )
     sys.exit(lifecycle.run(plan, console))
 
@@ -122,6 +133,14 @@ def status(
 
 
 @app.command()
+def rules() -> None:
+    """Print Prometheus' recording rules and alerts, for a Prometheus of your own."""
+    from serving.metrics.prometheus import rule_file
+
+    print(rule_file(), end="")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(__version__)
@@ -132,6 +151,10 @@ def config_check(config: ConfigArgument) -> None:
     """Check CONFIG and name every problem with file, line and what is allowed."""
     path = _config_path(config)
     loaded = load(path)
+    if empty := keys.placeholders(loaded):
+        told = f"{len(empty)} keys are placeholders" if len(empty) > 1 else "1 key is a placeholder"
+        names = ", ".join(empty)
+        console.print(f"{path}: {told} that nobody holds; `galerne keys new` makes real ones: {names}", soft_wrap=True)
     console.print(
         f"{path}: {len(loaded.models)} model(s), {len(loaded.tenants)} tenant(s), no problem found.",
         soft_wrap=True,
@@ -169,15 +192,28 @@ def models_list(config: ConfigArgument = DEMO) -> None:
     console.print(view)
 
 
-@keys_app.command("new")
-def keys_new(
-    name: Annotated[str, typer.Option("--id", help="Id of the key within its tenant.")] = "key-1",
+@models_app.command("arguments")
+def models_arguments(
+    config: ConfigArgument = DEMO,
+    gpu: Annotated[bool, typer.Option("--gpu", help="As on GPUs, for models that leave the choice open.")] = False,
 ) -> None:
-    """Make a key: shown once here, stored nowhere; the configuration keeps its digest."""
-    key, digest = new_key()
-    console.print(f"key (shown once): {key}", soft_wrap=True, highlight=False)
-    console.print("for tenants[].keys in the configuration:", highlight=False)
-    console.print(f'  - {{id: {name}, sha256: "{digest}"}}', soft_wrap=True, highlight=False, markup=False)
+    """Print what vLLM is told for each model of CONFIG whose weights are prepared, as JSON."""
+    from serving.engine import sources
+    from serving.engine.hosted import cpu_environment
+    from serving.engine.vllm_engine import engine_arguments
+
+    cache = sources.cache_root(os.environ)
+    told = {}
+    for model in load(_config_path(config)).models:
+        prepared = None if model.is_fake else sources.is_prepared(model.source, cache)
+        if prepared is None:
+            continue
+        on_gpu = model.resources.accelerator == "gpu" or (gpu and model.resources.accelerator == "auto")
+        told[model.id] = {
+            "arguments": engine_arguments(model, prepared, gpu=on_gpu),
+            "environment": {} if on_gpu else cpu_environment(model),
+        }
+    print(json.dumps(told, indent=1))
 
 
 def _config_path(name: str) -> Path:

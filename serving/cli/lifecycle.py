@@ -24,12 +24,20 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from serving.cli import state
+from serving.cli import prometheus, state
 from serving.cli.prepare import prepare_models
 from serving.cluster import processes
-from serving.cluster.environment import HAPROXY_DIR, METRICS_PORT_HAPROXY, ONE_MACHINE, environment
+from serving.cluster.edge import ENV_ENGINE_TOKEN
+from serving.cluster.environment import (
+    ENV_LIMITS_FILE,
+    HAPROXY_DIR,
+    LIMITS_FILE,
+    METRICS_PORT_HAPROXY,
+    ONE_MACHINE,
+    environment,
+)
 from serving.cluster.names import APP, GATEWAY, deployment_name
-from serving.config import GalerneConfig
+from serving.config import ENV_LEDGER_DIR, GalerneConfig, PrometheusConfig, Source
 from serving.errors import ClusterError, EngineError
 
 if TYPE_CHECKING:
@@ -53,12 +61,27 @@ class Plan:
     state_dir: Path
     ready_file: Path | None
     example_key: str | None
+    with_prometheus: bool = False
+    # The file, whose tenants are followed.
+    source: Source | None = None
 
 
 def fake_models(config: GalerneConfig) -> GalerneConfig:
     """The same configuration with the fake engine behind every model."""
     models = tuple(m.model_copy(update={"source": f"fake:{m.id}"}) for m in config.models)
     return config.model_copy(update={"models": models})
+
+
+def _measured_by(config: GalerneConfig, url: str) -> GalerneConfig:
+    """The same configuration, with signals read from there."""
+    settings = PrometheusConfig(url=url) if config.prometheus is None else config.prometheus
+    return config.model_copy(update={"prometheus": settings.model_copy(update={"url": url})})
+
+
+def _exporting(config: GalerneConfig, settings: PrometheusConfig) -> GalerneConfig:
+    """The same configuration, with a port for the autoscaler's metrics that is free."""
+    port = processes.free_port(config.listen.host, settings.scaler_port)
+    return config.model_copy(update={"prometheus": settings.model_copy(update={"scaler_port": port})})
 
 
 def run(plan: Plan, console: Console) -> int:
@@ -68,6 +91,7 @@ def run(plan: Plan, console: Console) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     _refuse_taken_ports(plan.config)
+    binary = prometheus.program() if plan.with_prometheus else None
     state.make_private(plan.state_dir)
     (plan.state_dir / HAPROXY_DIR).mkdir(exist_ok=True)
     if plan.config.demo_keys:
@@ -77,24 +101,38 @@ def run(plan: Plan, console: Console) -> int:
     processes.become_reaper()
     metrics_port = processes.free_port(plan.config.listen.host, METRICS_PORT_HAPROXY)
     os.environ.update(environment(plan.config, plan.state_dir) | ONE_MACHINE)
+    # Guards the engines' ports, and is what HAProxy proves itself to gateways with.
+    token = secrets.token_urlsafe(32)
+    os.environ[ENV_ENGINE_TOKEN] = token
+    os.environ.setdefault(ENV_LIMITS_FILE, str(plan.state_dir / LIMITS_FILE))
     # Other users of this machine reach loopback too: Ray's control plane asks for a token (ShadowRay).
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ.setdefault(ENV_LEDGER_DIR, str(plan.state_dir))
     os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(metrics_port)
     os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = str(processes.free_port(plan.config.listen.host, FALLBACK_PORT))
     from serving.cluster.ray import LocalCluster
 
+    measured = prometheus.LocalPrometheus(binary, plan.state_dir) if binary else None
+    if measured is not None:
+        plan = replace(plan, config=_measured_by(plan.config, measured.url))
     config = plan.config
+    if config.prometheus is None and any(m.autoscaling is not None for m in config.models):
+        console.print("[yellow]Warning:[/] no Prometheus: scales are held (`prometheus.url` or --with-prometheus).")
+    if config.prometheus is not None:
+        config = _exporting(config, config.prometheus)
+        plan = replace(plan, config=config)
     cluster = LocalCluster(host=config.listen.host, port=config.listen.port, cpus=_logical_cpus(config))
     with _stderr_to(plan.state_dir / LOG_FILE):
         try:
+            if measured is not None:
+                measured.start()
             with console.status("starting Ray"):
                 cluster.start()
             # Ray installs handlers of its own when it starts.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: stop.set())
-            token = secrets.token_urlsafe(32)
-            cluster.deploy(APP, APPLICATION, config, token)
-            return asyncio.run(_Session(plan, cluster, token, metrics_port, console, stop, started_s).run())
+            cluster.deploy(APP, APPLICATION, config, token, plan.source)
+            return asyncio.run(_Session(plan, cluster, token, metrics_port, console, stop, started_s, measured).run())
         finally:
             _take_down(cluster, plan, console)
 
@@ -143,8 +181,10 @@ class _Session:
         console: Console,
         stop: threading.Event,
         started_s: float,
+        measured: prometheus.LocalPrometheus | None,
     ) -> None:
         self._plan = plan
+        self._prometheus = measured
         self._cluster = cluster
         self._console = console
         self._stop = stop
@@ -156,6 +196,8 @@ class _Session:
             engine_token=token,
             haproxy_metrics_port=haproxy_metrics_port,
             models={m.id: m.task for m in plan.config.models},
+            prometheus_url=measured.url if measured is not None else None,
+            autoscaler_port=_autoscaler_port(plan.config),
         )
         self._announced = False
 
@@ -182,6 +224,7 @@ class _Session:
                     if not greeted and self._answering():
                         greeted = True
                         await self._greet()
+                    self._tell_of_prometheus()
                     await asyncio.sleep(POLL_S)
             if not self._stop.is_set():
                 if not greeted:
@@ -191,17 +234,23 @@ class _Session:
                 await asyncio.sleep(POLL_S)
                 if time.monotonic() >= reap_s:
                     processes.reap_orphans(own)
+                    self._tell_of_prometheus()
                     reap_s = time.monotonic() + REAP_S
         finally:
             watch.stop()
         return 0
 
+    def _tell_of_prometheus(self) -> None:
+        if self._prometheus is not None and (news := self._prometheus.ended()):
+            self._console.print(f"[yellow]Warning:[/] {news}", soft_wrap=True, highlight=False)
+
     def _answering(self) -> bool:
         """Whether the first model and a gateway are there: enough to try it."""
-        return bool(self._state.gateways) and bool(self._state.engines.get(next(iter(self._state.models))))
+        first = self._plan.config.models[0]
+        return bool(self._state.gateways) and (first.replicas.min == 0 or bool(self._state.engines.get(first.id)))
 
     def _up(self) -> bool:
-        engines = all(self._state.engines.get(m) for m in self._state.models)
+        engines = all(self._state.engines.get(m.id) for m in self._plan.config.models if m.replicas.min)
         return engines and bool(self._state.gateways)
 
     def _changed(self, key: str, replicas: tuple[RunningReplica, ...]) -> None:
@@ -223,6 +272,8 @@ class _Session:
             self._state = replace(self._state, gateways=gateways)
         if self._announced:
             self._write()
+        else:
+            state.write_targets(self._plan.state_dir, self._state)
 
     def _write(self) -> None:
         found = frozenset(_named(processes.descendants(os.getpid()), "haproxy"))
@@ -241,11 +292,21 @@ class _Session:
     def _announce(self) -> None:
         self._announced = True
         self._write()
-        self._console.print(f"[bold green]Galerne is ready[/] after {self._seconds():.0f} s: every model answers.")
+        asleep = sum(m.replicas.min == 0 for m in self._plan.config.models)
+        said = f"{asleep} sleep(s) until asked for" if asleep else "every model answers"
+        self._console.print(f"[bold green]Galerne is ready[/] after {self._seconds():.0f} s: {said}.")
+        if self._state.prometheus_url is not None:
+            self._console.print(f"Prometheus answers at {self._state.prometheus_url}.")
         self._console.print("`galerne status` shows models and replicas. Ctrl-C stops everything.")
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started_s
+
+
+def _autoscaler_port(config: GalerneConfig) -> int:
+    """Where decisions are scraped; 0: nothing is decided."""
+    scaled = any(m.autoscaling is not None for m in config.models)
+    return config.prometheus.scaler_port if config.prometheus is not None and scaled else 0
 
 
 def _example(cluster: state.ClusterState, key: str | None) -> str:
@@ -302,7 +363,7 @@ def _logical_cpus(config: GalerneConfig) -> float:
     engines = sum(
         m.resources.logical_cpus * m.parallel.workers * (m.replicas.max or m.replicas.min) for m in config.models
     )
-    return max(float(os.cpu_count() or 1), engines + config.gateway.cpus * config.gateway.replicas + 1)
+    return max(float(os.cpu_count() or 1), engines + config.gateway.cpus * config.gateway.bounds.max + 1)
 
 
 async def _answers(host: str, port: int) -> bool:

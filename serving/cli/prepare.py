@@ -10,12 +10,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from serving.config import GalerneConfig
 from serving.engine import sources
+from serving.engine.sources.adapters import prepare_adapter
 
 
 def prepare_models(config: GalerneConfig, console: Console) -> None:
     """Prepare every source of the configuration; raises SourceError."""
-    for source in dict.fromkeys(m.source for m in config.models if not m.is_fake):
+    served = [m for m in config.models if not m.is_fake]
+    for source in dict.fromkeys(m.source for m in served):
         prepare(source, console)
+    for source in dict.fromkeys(adapter.source for m in served for adapter in m.adapters):
+        # Some megabytes: nothing to watch.
+        prepare_adapter(source, sources.cache_root(os.environ))
 
 
 def prepare(source: str, console: Console) -> sources.PreparedModel:

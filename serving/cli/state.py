@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.errors import ClusterError
+from serving.metrics import targets
 
 ROOT = Path("/tmp")  # noqa: S108 - what lies there belongs to this user alone: `make_private`
 STATE_FILE = "cluster.json"
@@ -51,6 +52,9 @@ class ClusterState:
     gateways: tuple[GatewayState, ...] = ()
     engines: Mapping[str, tuple[EngineState, ...]] = field(default_factory=dict)
     haproxy_pids: tuple[int, ...] = ()
+    prometheus_url: str | None = None
+    # 0: no model's replicas follow its load.
+    autoscaler_port: int = 0
 
     def document(self) -> dict[str, Any]:
         """The file's content; `pids` groups processes for measurements."""
@@ -63,20 +67,15 @@ class ClusterState:
 
     def prometheus_targets(self) -> list[dict[str, Any]]:
         """Every endpoint to scrape, in Prometheus' file_sd form."""
-        rows: list[dict[str, Any]] = [
-            {"targets": [f"127.0.0.1:{g.metrics_port}"], "labels": {"job": "galerne-gateway"}}
-            for g in self.gateways
-            if g.metrics_port
-        ]
+        rows = [targets.gateway_row("127.0.0.1", g.metrics_port) for g in self.gateways if g.metrics_port]
         rows += [
-            {
-                "targets": [f"{e.host}:{e.port}"],
-                "labels": {"job": "vllm", "model": model, "replica": e.replica_id},
-            }
+            targets.engine_row(e.host, e.port, model, e.replica_id)
             for model, engines in self.engines.items()
             for e in engines
         ]
         rows.append({"targets": [f"127.0.0.1:{self.haproxy_metrics_port}"], "labels": {"job": "haproxy"}})
+        if self.autoscaler_port:
+            rows.append({"targets": [f"127.0.0.1:{self.autoscaler_port}"], "labels": {"job": "galerne-autoscaler"}})
         return rows
 
 
@@ -96,10 +95,15 @@ def make_private(directory: Path) -> None:
 
 def write(directory: Path, state: ClusterState, ready_file: Path | None = None) -> None:
     """Replace the state and the scrape targets; `ready_file` gets a copy of the state."""
-    _replace(directory / TARGETS_FILE, state.prometheus_targets())
+    write_targets(directory, state)
     _replace(directory / STATE_FILE, state.document())
     if ready_file is not None:
         _replace(ready_file, state.document())
+
+
+def write_targets(directory: Path, state: ClusterState) -> None:
+    """Replace the scrape targets alone: they are scraped before every model is ready."""
+    _replace(directory / TARGETS_FILE, state.prometheus_targets())
 
 
 def read(directory: Path) -> dict[str, Any]:

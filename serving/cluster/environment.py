@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from serving.cluster.haproxy import EdgeLimits
+from serving.cluster.processes import ENV_TAKES_TURNS
 from serving.config import GalerneConfig
 
 METRICS_PORT_HAPROXY = 9101
@@ -24,6 +25,10 @@ HAPROXY_LEAST_CONNECTIONS = 4096
 HAPROXY_FILES_PER_CONNECTION = 2.5
 # Listeners, sockets of its own, files.
 HAPROXY_OWN_FILES = 256
+
+# Where a gateway keeps tenants' budgets across restarts, unless limits_store says.
+ENV_LIMITS_FILE = "GALERNE_LIMITS_FILE"
+LIMITS_FILE = "budgets.json"
 
 # No process of the cluster reports to anybody.
 QUIET = {
@@ -72,9 +77,14 @@ def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
     """Variables for the driver and every node; `state_dir` holds HAProxy's files and sockets."""
     haproxy = state_dir / HAPROXY_DIR
     drain_s = max((int(model.drain_timeout_s) for model in config.models), default=600)
-    accepted = config.gateway.replicas * config.gateway.max_ongoing_requests
+    accepted = config.gateway.bounds.max * config.gateway.max_ongoing_requests
     _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limits = EdgeLimits(config.listen.host, config.limits.header_bytes, config.limits.body_bytes)
+    limits = EdgeLimits(
+        config.listen.host,
+        config.limits.header_bytes,
+        config.limits.body_bytes,
+        tuple(str(network) for network in config.listen.trusted_proxies),
+    )
     return (
         QUIET
         | limits.environment()
@@ -96,8 +106,18 @@ def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(drain_s),
             # The gateway's bound is the one that holds; vLLM's own default is 4.
             "VLLM_MAX_STOP_STRINGS": str(config.limits.stop_sequences),
+            # Attempts to start a replica are bounded for each deployment, not by this factor of its replicas.
+            "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",
             "RAY_SERVE_LOG_CLIENT_ADDRESS": "0",
             "RAY_SERVE_LOG_TO_STDERR": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
+        | ({ENV_TAKES_TURNS: "1"} if shares_processors(config) else {})
+    )
+
+
+def shares_processors(config: GalerneConfig) -> bool:
+    """Whether gateway and HAProxy run on the processors that an engine computes on: one machine, no GPUs asked for."""
+    return config.listen.loopback and any(
+        not model.is_fake and model.resources.accelerator != "gpu" for model in config.models
     )

@@ -17,14 +17,16 @@ import re
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from serving.cluster.processes import die_with_parent
+from serving.cluster import edge
+from serving.cluster.processes import ENV_TAKES_TURNS, die_with_parent, takes_turns
 
 ENV_HOST = "GALERNE_HAPROXY_HOST"
 ENV_HEADER_BYTES = "GALERNE_HAPROXY_HEADER_BYTES"
 ENV_BODY_BYTES = "GALERNE_HAPROXY_BODY_BYTES"
+ENV_TRUSTED_PROXIES = "GALERNE_HAPROXY_TRUSTED_PROXIES"
 HEADER_TIMEOUT_S = 10  # until a request's headers are whole (slowloris)
 KEEP_ALIVE_TIMEOUT_S = 75
 RETRY_AFTER_S = 5
@@ -35,29 +37,42 @@ RAY_HEADERS = (
     "x-request-timeout-seconds",
     "serve-multiplexed-model-id",
     "serve_multiplexed_model_id",
-    "x-galerne-engine-token",
+    edge.ENGINE_TOKEN_HEADER,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeLimits:
-    """What the edge enforces; `host` is the only interface that is bound."""
+    """What the edge enforces; `host` is the only interface that is bound.
+
+    `trusted_proxies`: networks whose X-Forwarded-For is kept. `proof`: what it proves itself with to gateways.
+    """
 
     host: str
     header_bytes: int
     body_bytes: int
+    trusted_proxies: tuple[str, ...] = ()
+    proof: str = field(default="", repr=False)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> EdgeLimits:
         """Read what `environment` wrote."""
-        return cls(env[ENV_HOST], int(env[ENV_HEADER_BYTES]), int(env[ENV_BODY_BYTES]))
+        token = env.get(edge.ENV_ENGINE_TOKEN, "")
+        return cls(
+            env[ENV_HOST],
+            int(env[ENV_HEADER_BYTES]),
+            int(env[ENV_BODY_BYTES]),
+            tuple(env.get(ENV_TRUSTED_PROXIES, "").split()),
+            edge.proof(token) if token else "",
+        )
 
     def environment(self) -> dict[str, str]:
-        """Variables through which the limits reach the started process."""
+        """Variables through which the limits reach the started process; the engine token comes by its own."""
         return {
             ENV_HOST: self.host,
             ENV_HEADER_BYTES: str(self.header_bytes),
             ENV_BODY_BYTES: str(self.body_bytes),
+            ENV_TRUSTED_PROXIES: " ".join(self.trusted_proxies),
         }
 
 
@@ -136,9 +151,21 @@ def _frontend(limits: EdgeLimits) -> list[str]:
         refuse(431, too_long, "headers_too_large", f"{{ req.hdrs,length gt {limits.header_bytes} }}"),
         refuse(404, "There is no such route here.", "not_found", "{ path -i /-/routes }"),
         *(f"http-request del-header {name}" for name in RAY_HEADERS),
+        *_forwarded(limits),
         "http-response del-header server",
         # Ray echoes this header into its answer and its logs: keep it to what an id looks like.
         "http-request del-header x-request-id if !{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }",
+    ]
+
+
+def _forwarded(limits: EdgeLimits) -> list[str]:
+    """What gateways are told of a client's address: nothing that it could have written itself."""
+    known = f" unless {{ src {' '.join(limits.trusted_proxies)} }}" if limits.trusted_proxies else ""
+    proven = f"set-header {edge.HEADER} {limits.proof}" if limits.proof else f"del-header {edge.HEADER}"
+    return [
+        f"http-request del-header {edge.FORWARDED}{known}",
+        f"http-request add-header {edge.FORWARDED} %[src]",
+        f"http-request {proven}",
     ]
 
 
@@ -174,6 +201,8 @@ def main() -> None:
         hardened.write_text(harden(config.read_text(), EdgeLimits.from_env(os.environ), errors))
         args[position] = str(hardened)
     die_with_parent(signal.SIGTERM)
+    if ENV_TAKES_TURNS in os.environ:
+        takes_turns()
     binary = _binary()
     os.execv(binary, [binary, *args])  # noqa: S606 - no shell; the path is the packaged binary
 

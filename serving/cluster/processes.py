@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
+# Set where engines compute on the processors that everything else runs on.
+ENV_TAKES_TURNS = "GALERNE_TAKES_TURNS"
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 TERM_WAIT_S = 5.0
@@ -29,6 +31,18 @@ def become_reaper() -> None:
 def die_with_parent(number: signal.Signals) -> None:
     """Ask the kernel for this signal when the thread that started this process ends; holds across exec (Linux)."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def takes_turns(proc: Path = Path("/proc")) -> None:
+    """Have this process wait for its turn instead of interrupting what computes; holds across exec (Linux).
+
+    The threads of an engine on processors wait for one another at every layer: what interrupts one stops all. A process
+    of the kernel's batch class runs as soon as a processor is idle, else when a thread has had its slice (some
+    milliseconds), and then handles everything that has come meanwhile at once.
+    """
+    for thread in (proc / "self" / "task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended, or the container forbids it
+            os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
 
 
 def descendants(root: int, proc: Path = Path("/proc")) -> set[int]:
@@ -111,11 +125,29 @@ def port_is_free(host: str, port: int) -> bool:
 
 
 def free_port(host: str, first: int, tries: int = 100) -> int:
-    """The first free port from `first` on; OSError where none of `tries` is."""
+    """The first free port from `first` on, which is then promised to this process until it ends.
+
+    Between the choice and the bind lie seconds, in which another `galerne serve` would choose the same. Raises OSError
+    where none of `tries` is free.
+    """
     for port in range(first, first + tries):
-        if port_is_free(host, port):
+        if port_is_free(host, port) and _promised(port):
             return port
     raise OSError(f"no free port on {host} from {first} to {first + tries - 1}")
+
+
+def _promised(port: int) -> bool:
+    """Take the name of the port among Galerne's commands; False where another has it."""
+    # An abstract address: it belongs to the same network namespace as the port, and goes with the process.
+    promise = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        promise.bind(f"\0galerne-port-{port}")
+    except OSError:
+        promise.close()
+        return False
+    # The kernel's handle alone: it is closed with the process, and nobody else closes it.
+    promise.detach()
+    return True
 
 
 def _signal_all(pids: Iterable[int], number: signal.Signals) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,16 @@ import ray
 from ray import serve
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray._common.utils import import_attr
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub leaves it out
+from ray.core.generated import autoscaler_pb2
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.serve._private import replica
 from ray.serve._private.common import DeploymentID, DeploymentTargetInfo
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 from ray.serve.api import RunTarget, run_many
 from ray.serve.config import HTTPOptions
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import LoggingConfig
 
 from serving.errors import ClusterError
@@ -35,6 +40,13 @@ HOST = "galerne_host"
 PORT = "galerne_port"
 PID = "galerne_pid"
 METRICS_PORT = "galerne_metrics_port"
+START_S = "galerne_start_s"
+CAPACITY = "galerne_capacity"
+
+GCS_TIMEOUT_S = 10
+# How long a wake stays queued. Serve looks at queues at every turn of its control loop, ten a second; while one is
+# there and no replica is, it asks no policy, so that a longer one would keep a model at a single replica.
+WAKE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +94,36 @@ class ReplicaWatch:
         self._client.stop()
 
 
+class Waker:
+    """Asks Serve for a replica of a deployment that has none.
+
+    A request through a handle is what Serve itself counts: its router tells the controller at once, and the
+    controller asks for a first replica without a policy's word. It works from any number of gateways, and needs no
+    way of our own to the controller. The request is taken back when it has been seen.
+    """
+
+    def __init__(self, deployment: DeploymentHandle) -> None:
+        self._deployment = deployment
+        self._task: asyncio.Task[None] | None = None
+
+    def wake(self) -> None:
+        """Ask, unless it is being asked already; returns at once. To be called on the event loop."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._ask(), name="wake")
+
+    async def _ask(self) -> None:
+        response = self._deployment.wake.remote()
+        done, _ = await asyncio.wait({asyncio.ensure_future(_outcome(response))}, timeout=WAKE_S)
+        if not done:
+            response.cancel()
+
+
+async def _outcome(response: DeploymentResponse) -> None:
+    # What it answers is of no interest: a replica that comes is told by the controller.
+    with contextlib.suppress(Exception, asyncio.CancelledError):
+        await response
+
+
 def _listener(key: str, on_change: OnChange) -> Callable[[DeploymentTargetInfo], None]:
     def listen(targets: DeploymentTargetInfo) -> None:
         on_change(
@@ -110,6 +152,28 @@ def bind_loopback() -> None:
 def node_ip() -> str:
     """Address of this node towards the others."""
     return str(ray.util.get_node_ip_address())
+
+
+def drain_node(gcs_address: str, ip: str, message: str, within_s: float) -> bool:
+    """Have Ray place nothing more on the node of this address, and Serve move its replicas away within that time.
+
+    False where the cluster has no such node, or will not. Raises ClusterError where the cluster does not answer.
+    """
+    try:
+        client = GcsClient(address=gcs_address)
+        found = [
+            node_id
+            for node_id, node in client.get_all_node_info(timeout=GCS_TIMEOUT_S).items()
+            if node.node_manager_address == ip and node.state == GcsNodeInfo.GcsNodeState.ALIVE
+        ]
+        if not found:
+            return False
+        reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        deadline_ms = int((time.time() + within_s) * 1000)
+        accepted = [client.drain_node(node_id.hex(), reason, message, deadline_ms)[0] for node_id in found]
+    except Exception as error:
+        raise ClusterError(f"Ray at {gcs_address} does not answer: {_reason(str(error))}") from error
+    return all(accepted)
 
 
 @dataclass(frozen=True, slots=True)

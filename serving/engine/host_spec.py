@@ -25,8 +25,12 @@ class HostSpec(BaseModel):
 
     model: ModelConfig
     weights: Path
+    # Directories of the model's adapters by id.
+    adapters: dict[str, Path] = {}
     host: str
     token: str
     gpu: bool
+    # Where its spans go; None: it is not traced.
+    otlp_traces_url: str | None = None
     # For an engine whose workers are Ray actors.
     placement: RayPlacement | None = None

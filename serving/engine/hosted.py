@@ -10,17 +10,20 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from serving.config import ModelConfig
-from serving.engine import on_cpu
+from serving.engine import compile_cache, on_cpu
 from serving.engine.host_spec import HostSpec
 from serving.errors import EngineError
 
+# What an engine's spans are found under.
+ENGINE_SERVICE = "galerne-engine"
 PROGRAM = ("-m", "serving.engine.host")
 HEALTH_TIMEOUT_S = 8.0
 # Beyond the drain, for the core to end; then the process is killed.
@@ -40,9 +43,12 @@ class HostedEngine:
         self._process: subprocess.Popen[bytes] | None = None
         self.host = host
         self.port = 0
+        self.phases_s: Mapping[str, float] = {}
+        self.capacity: Mapping[str, int] = {}
 
     async def start(self) -> None:
         """Return when the engine has answered its first request; raises EngineError with what is wrong."""
+        began_s = time.monotonic()
         spec = await asyncio.to_thread(self._spec)
         readable, writable = os.pipe()
         try:
@@ -63,6 +69,9 @@ class HostedEngine:
         except BaseException:
             _end(process)
             raise
+        # What the process does not account for: weights that had to be fetched, its own start.
+        beyond_s = max(0.0, time.monotonic() - began_s - sum(self.phases_s.values()))
+        self.phases_s = {**self.phases_s, "load": self.phases_s.get("load", 0.0) + beyond_s}
 
     async def _reply(self, process: subprocess.Popen[bytes], spec: HostSpec, replies: TextIO) -> int:
         if process.stdin is not None:
@@ -78,9 +87,13 @@ class HostedEngine:
                 f"model {self._model.id!r} did not start within {self._model.start_timeout_s:.0f} s (start_timeout_s)"
             )
         line = waiting.result()
-        reply = json.loads(line) if line else {"error": f"the engine's process ended with {process.wait()}"}
+        reply: dict[str, Any] = (
+            json.loads(line) if line else {"error": f"the engine's process ended with {process.wait()}"}
+        )
         if "error" in reply:
             raise EngineError(f"vLLM cannot start model {self._model.id!r}: {reply['error']}")
+        self.phases_s = {str(phase): float(seconds) for phase, seconds in reply.get("phases_s", {}).items()}
+        self.capacity = {str(of): int(count) for of, count in reply.get("capacity", {}).items()}
         return int(reply["port"])
 
     async def check_health(self) -> None:
@@ -117,9 +130,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _environment(spec: HostSpec) -> dict[str, str]:
-    if spec.gpu:
-        return {}
+    found = compile_cache.environment(os.environ)
+    if spec.otlp_traces_url is not None:
+        # vLLM speaks gRPC unless it is told.
+        found |= {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_SERVICE_NAME": ENGINE_SERVICE}
+    return found if spec.gpu else found | cpu_environment(spec.model)
+
+
+def cpu_environment(model: ModelConfig) -> dict[str, str]:
+    """What the process of a model's engine on processors finds in its environment; EngineError without PyTorch."""
     torch = importlib.util.find_spec("torch")  # found, not imported
     if torch is None or torch.origin is None:
         raise EngineError("PyTorch is not installed: `make install` installs the engine")
-    return on_cpu.environment(os.environ, on_cpu.threads(spec.model), Path(torch.origin).parent.parent)
+    return on_cpu.environment(os.environ, on_cpu.threads(model), Path(torch.origin).parent.parent)

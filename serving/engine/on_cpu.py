@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+from typing import Any
 
 from serving.config import ModelConfig
 
@@ -59,6 +61,16 @@ def start_method(environ: Mapping[str, str]) -> str:
     return "fork" if environ.get(BINDING, "nobind") == "nobind" else "spawn"
 
 
+def join_core(parallel: Any, environ: Mapping[str, str]) -> None:
+    """Have a single worker compute in the engine core's own process; `parallel` is vLLM's, after its own checks.
+
+    Those give it a process of its own, whose OpenMP settings could not be made otherwise; here they stand before
+    either starts. Apart, the core asks for every step's result in a loop that never sleeps, on the cores that compute.
+    """
+    if parallel.world_size == 1 and start_method(environ) == "fork":
+        parallel.distributed_executor_backend = "uni"
+
+
 def inspect_models_here() -> None:
     """Read a model class's traits in this process.
 
@@ -68,6 +80,23 @@ def inspect_models_here() -> None:
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda inspect: inspect()
+
+
+def _count_compilation() -> None:
+    """Have a worker add what its first run takes to vLLM's own count of compilation.
+
+    On processors vLLM compiles in that run, in a mode for which it counts nothing; its workers inherit this.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    first_run = CPUModelRunner.warming_up_model
+
+    def counted(runner: Any) -> None:
+        began_s = time.perf_counter()
+        first_run(runner)  # which it leaves out where nothing is compiled
+        runner.vllm_config.compilation_config.compilation_time += time.perf_counter() - began_s
+
+    CPUModelRunner.warming_up_model = counted
 
 
 def prepare_fork(environ: MutableMapping[str, str]) -> None:
@@ -81,5 +110,6 @@ def prepare_fork(environ: MutableMapping[str, str]) -> None:
     import vllm.v1.worker.cpu_model_runner
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
+    _count_compilation()
     # No collection, here or in a fork, walks these objects again and so copies their pages.
     gc.freeze()

@@ -16,6 +16,8 @@ from typing import Any
 
 import uvicorn
 
+from serving.cluster.edge import ENGINE_TOKEN_HEADER
+from serving.engine.work import ACCOUNTS, Accounts, current
 from serving.errors import EngineError
 
 Scope = MutableMapping[str, Any]
@@ -23,7 +25,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-TOKEN_HEADER = b"x-galerne-engine-token"
+TOKEN_HEADER = ENGINE_TOKEN_HEADER.encode()
+REQUEST_ID = b"x-request-id"
+BEARER = b"Bearer "
 OPEN_PATHS = frozenset({"/health", "/metrics"})
 # Longer than the gateway keeps an idle connection, so that the gateway is always the one to close.
 KEEP_ALIVE_S = 75
@@ -39,17 +43,20 @@ class Gate:
     def __init__(self, app: App, token: str) -> None:
         self._app = app
         self._token = token.encode()
+        # Set when it has drained: what still comes is refused, and goes to another replica.
+        self.closed = False
         self.in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._accounts = Accounts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             if scope["type"] != "websocket":
                 await self._app(scope, receive, send)
             return
-        presented = next((v for n, v in scope["headers"] if n == TOKEN_HEADER), b"")
-        if not hmac.compare_digest(presented, self._token):
+        headers = dict(scope["headers"])
+        if not self._knows(headers):
             await send(
                 {
                     "type": "http.response.start",
@@ -59,14 +66,42 @@ class Gate:
             )
             await send({"type": "http.response.body", "body": REFUSAL})
             return
+        if scope["path"].startswith(ACCOUNTS):
+            await self._account(scope["path"], send)
+            return
+        if self.closed:
+            await send({"type": "http.response.start", "status": 503, "headers": [(b"connection", b"close")]})
+            await send({"type": "http.response.body", "body": b""})
+            return
         self.in_flight += 1
         self._idle.clear()
+        # Others than gateways come with a bearer key, and with ids of their own that no ledger has.
+        own = TOKEN_HEADER in headers
+        request_id = headers.get(REQUEST_ID, b"").decode("latin-1") if own else ""
+        account = self._accounts.open(request_id)
+        current.set(account)
         try:
             await self._app(scope, receive, send)
         finally:
+            self._accounts.close(request_id)
             self.in_flight -= 1
             if self.in_flight == 0:
                 self._idle.set()
+
+    async def _account(self, path: str, send: Send) -> None:
+        body = self._accounts.answer(path)
+        head = {"type": "http.response.start", "status": 404 if body is None else 200}
+        content = body or b"{}"
+        length = (b"content-length", str(len(content)).encode())
+        await send(head | {"headers": [(b"content-type", b"application/json"), length]})
+        await send({"type": "http.response.body", "body": content})
+
+    def _knows(self, headers: dict[bytes, bytes]) -> bool:
+        """The token in its own header, or as a bearer key for what can send no other (routers of other makers)."""
+        own = headers.get(TOKEN_HEADER, b"")
+        bearer = headers.get(b"authorization", b"").removeprefix(BEARER)
+        # Both are compared, whatever the first says: the time taken tells nothing.
+        return hmac.compare_digest(own, self._token) | hmac.compare_digest(bearer, self._token)
 
     async def idle(self) -> None:
         """Return when no request is in flight."""
@@ -134,12 +169,16 @@ class PrivateServer:
             await asyncio.wait({self._task})
 
     async def drain(self, timeout_s: float) -> bool:
-        """Wait until nothing is in flight; False where `timeout_s` ended first."""
+        """Wait until nothing is in flight, and then refuse what comes; False where `timeout_s` ended first."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self.gate.idle()
+                while self.gate.in_flight:  # one may have come since the last one ended
+                    await self.gate.idle()
         except TimeoutError:
             return False
+        finally:
+            # In the same turn of the loop: no answer begins between the last and the end.
+            self.gate.closed = True
         return True
 
     async def stop(self) -> None:

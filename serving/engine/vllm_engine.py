@@ -13,13 +13,16 @@ import argparse
 import dataclasses
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from serving.config import ModelConfig
-from serving.engine import on_cpu, presets
+from serving.engine import on_cpu, presets, vllm_work
 from serving.engine.host_spec import HostSpec
 from serving.engine.private_server import App
+from serving.engine.sources.adapters import rank
+from serving.engine.worker_times import EXTENSION, METHOD
 from serving.errors import EngineError
 
 GIB = 1024**3
@@ -31,8 +34,10 @@ class VllmEngine:
     def __init__(self, spec: HostSpec) -> None:
         self._model = spec.model
         self._weights = spec.weights
+        self._adapters = spec.adapters
         self._gpu = spec.gpu
         self._placement = spec.placement
+        self._traces_url = spec.otlp_traces_url
         self._client: Any = None
         self._app: Any = None
 
@@ -54,6 +59,7 @@ class VllmEngine:
                 os.environ["RAY_ADDRESS"] = self._placement.address
                 config.parallel_config.placement_group = placement_group(self._placement.group)
             elif not self._gpu:
+                on_cpu.join_core(config.parallel_config, os.environ)
                 on_cpu.prepare_fork(os.environ)
             self._client = AsyncLLM.from_vllm_config(
                 vllm_config=config,
@@ -61,6 +67,7 @@ class VllmEngine:
                 enable_log_requests=False,
                 disable_log_stats=False,
             )
+            vllm_work.watch(self._client.output_processor)
             await self._client.reset_mm_cache()
             tasks = await self._client.get_supported_tasks()
             app = build_app(args.namespace, tasks, config.model_config)
@@ -69,6 +76,20 @@ class VllmEngine:
             raise EngineError(str(error)) from None
         self._app = app
         return app
+
+    async def compile_s(self) -> float:
+        """Seconds that compilation took of the start; workers compile beside each other."""
+        times: list[float] = await self._client.collective_rpc(METHOD)
+        return max(times, default=0.0)
+
+    def capacity(self) -> dict[str, int]:
+        """What it computes at a time: sequences, and tokens of its KV cache where it says."""
+        config = self._client.vllm_config
+        found = {
+            "sequences": config.scheduler_config.max_num_seqs,
+            "kv_tokens": config.cache_config.kv_cache_size_tokens,
+        }
+        return {name: int(value) for name, value in found.items() if value}
 
     def attach(self, server: Any) -> None:
         """Tell vLLM's app its HTTP server, which it stops when its core has died."""
@@ -86,6 +107,9 @@ class VllmEngine:
         engine_fields = {f.name for f in dataclasses.fields(AsyncEngineArgs)}
         frontend_fields = {f.name for f in dataclasses.fields(FrontendArgs)}
         values = engine_arguments(self._model, self._weights, gpu=self._gpu)
+        if self._traces_url is not None:
+            values["otlp_traces_endpoint"] = self._traces_url
+        values |= lora_arguments(self._model, self._adapters)
         if unknown := sorted(values.keys() - engine_fields - frontend_fields):
             raise EngineError(f"it has no argument {_suggest(unknown[0], engine_fields)}")
         engine = AsyncEngineArgs(**{k: v for k, v in values.items() if k in engine_fields})
@@ -117,6 +141,7 @@ def engine_arguments(model: ModelConfig, weights: Path, *, gpu: bool) -> dict[st
     decided: dict[str, Any] = {
         "model": str(weights),
         "served_model_name": [model.id],
+        "worker_extension_cls": EXTENSION,
         "tensor_parallel_size": model.parallel.tensor,
         "pipeline_parallel_size": model.parallel.pipeline,
     }
@@ -125,6 +150,28 @@ def engine_arguments(model: ModelConfig, weights: Path, *, gpu: bool) -> dict[st
         # node it lies; vLLM's CPU platform has the process executor only.
         decided["distributed_executor_backend"] = "ray" if gpu else "mp"
     return safe | (presets.engine_args(preset) if preset else {}) | model.engine | decided
+
+
+def lora_arguments(model: ModelConfig, adapters: Mapping[str, Path]) -> dict[str, Any]:
+    """vLLM arguments of a model's adapters; raises EngineError where one does not fit.
+
+    vLLM opens each once as it starts, so that a broken one is known before anybody waits for it, and again whenever
+    it is asked for and had made room for another.
+    """
+    if not adapters:
+        return {}
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    for name, path in adapters.items():
+        if (found := rank(path)) > model.lora.max_rank:
+            raise EngineError(f"adapter {name!r} has rank {found}: set lora.max_rank of model {model.id!r} to as much")
+    return {
+        "enable_lora": True,
+        "max_loras": model.lora.slots,
+        "max_cpu_loras": model.lora.in_memory,
+        "max_lora_rank": model.lora.max_rank,
+        "lora_modules": [LoRAModulePath(name, str(path), model.id) for name, path in adapters.items()],
+    }
 
 
 def _suggest(name: str, known: set[str]) -> str:

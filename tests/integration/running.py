@@ -21,6 +21,7 @@ GALERNE = Path(sys.executable).with_name("galerne")
 STOP_TIMEOUT_S = 60
 KEY = "sk-demo-press"
 OTHER_KEY = "sk-demo-jobs"
+ADMIN_KEY = "sk-demo-operator"
 
 
 @dataclass
@@ -55,6 +56,18 @@ class RunningCluster:
         """The command and every process it caused."""
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
+
+    def listening(self) -> set[tuple[str, str, int]]:
+        """Process name, address and port of every socket listened on now, in one walk over the processes."""
+        found = set()
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):  # a passing helper of Ray's
+                found |= {
+                    (process.name(), connection.laddr.ip, connection.laddr.port)
+                    for connection in process.net_connections(kind="inet")
+                    if connection.status == psutil.CONN_LISTEN
+                }
+        return found
 
 
 def metric(url: str, name: str, **labels: str) -> float:

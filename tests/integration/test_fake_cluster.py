@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -12,17 +11,19 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
 from openai import OpenAI
 
-from tests.integration.conftest import CONFIGS, FAKE_START_TIMEOUT_S
+from tests.integration.conftest import CONFIGS, FAKE_START_TIMEOUT_S, WITH_PROMETHEUS
 from tests.integration.running import GALERNE, KEY, OTHER_KEY, RunningCluster, metric, stop
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
+FRONT_SEEN_S = 30.0
 GATEWAY_RSS_BOUND_BYTES = 250 * 1024 * 1024
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 AUTH = {"authorization": f"Bearer {KEY}"}
@@ -30,15 +31,16 @@ CHAT_BODY = {"model": "chat", "messages": [{"role": "user", "content": "hello"}]
 
 
 def test_every_listening_socket_is_loopback_only(fake_cluster: RunningCluster) -> None:
-    listening = set()
-    for process in fake_cluster.processes():
-        with contextlib.suppress(psutil.NoSuchProcess):  # a passing helper of Ray's
-            listening |= {
-                (process.name(), connection.laddr.ip, connection.laddr.port)
-                for connection in process.net_connections(kind="inet")
-                if connection.status == psutil.CONN_LISTEN
-            }
-    assert any(port == 18100 for _, _, port in listening)
+    # HAProxy's reload hands its sockets from one process to the next, and a walk over the processes
+    # can pass between the two: what any walk saw counts, and walks go on until the front was seen.
+    listening: set[tuple[str, str, int]] = set()
+    deadline_s = time.monotonic() + FRONT_SEEN_S
+    while not any(port == 18100 for _, _, port in listening):
+        assert time.monotonic() < deadline_s, f"nobody listens on the front's port: {sorted(listening)}"
+        listening |= fake_cluster.listening()
+    if address := fake_cluster.state()["prometheus_url"]:
+        port = urlsplit(address).port
+        assert [(name, ip) for name, ip, number in listening if number == port] == [("prometheus", "127.0.0.1")]
     assert {row for row in listening if row[1] not in LOOPBACK} == set()
 
 
@@ -187,12 +189,16 @@ def test_zz_a_killed_replica_is_replaced_and_its_stream_ends_with_an_error_event
 def test_loading_model_answers_503_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     slow = tmp_path / "slow.yaml"
     text = (CONFIGS / "fake.yaml").read_text().replace("18100", "18300").replace("19400", "19600")
-    # The vectors model never becomes healthy in the time of this test.
-    slow.write_text(text.replace("task: embed\n", "task: embed\n    fake: {faults: {slow_start_s: 600}}\n"))
+    # The vectors model never becomes ready in the time of this test, and nobody waits long for it.
+    never = "task: embed\n    fake: {faults: {slow_start_s: 600}}\n    hold: {wait_s: 1}\n"
+    slow.write_text(text.replace("task: embed\n", never))
     log = tmp_path / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [GALERNE, "serve", slow], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            [GALERNE, "serve", slow, *WITH_PROMETHEUS],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
         )
     try:
         url = "http://127.0.0.1:18300"
@@ -212,6 +218,7 @@ def test_loading_model_answers_503_and_ctrl_c_leaves_nothing(tmp_path: Path) -> 
         assert answer.json()["error"]["code"] == "model_not_ready"
         caused = psutil.Process(process.pid).children(recursive=True)
         assert len(caused) > 5
+        assert [p.name() for p in caused].count("prometheus") == len(WITH_PROMETHEUS)
     finally:
         status = stop(process)
     assert status == 0, log.read_text()

@@ -48,21 +48,21 @@ NEARLY_VALID = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(KINDS, FIELDS | NEARLY_VALID | JSON)
 def test_any_json_is_answered_or_refused(kind: BodyKind, value: Any) -> None:
     with contextlib.suppress(RequestError):
         read(kind, json.dumps(value).encode(), LIMITS)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(KINDS, st.binary(max_size=200))
 def test_any_bytes_are_answered_or_refused(kind: BodyKind, body: bytes) -> None:
     with contextlib.suppress(RequestError):
         read(kind, body, LIMITS)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(KINDS, FIELDS | NEARLY_VALID, st.data())
 def test_a_damaged_body_is_answered_or_refused(kind: BodyKind, value: Any, data: st.DataObject) -> None:
     body = bytearray(json.dumps(value).encode())
@@ -87,7 +87,7 @@ PAIRS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(PAIRS)
 def test_what_passes_means_the_same_to_the_engines_parser(pairs: list[tuple[str, list[bool], str]]) -> None:
     written = [("model", [], '"m"'), ("prompt", [], '"p"'), *pairs]
@@ -121,7 +121,7 @@ NESTED = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(NESTED, st.integers(0, 6), st.booleans())
 def test_depth_is_exact(value: Any, limit: int, ascii_only: bool) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
@@ -133,7 +133,7 @@ def test_depth_is_exact(value: Any, limit: int, ascii_only: bool) -> None:
         assert _depth(value) <= limit
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(-9, 9), st.integers(1, 9), st.sampled_from(['"', "\\", "x"]))
 def test_depth_is_exact_across_blocks(shift: int, run: int, filler: str) -> None:
     # Escapes and quotes around the end of the first 64 KiB block.
@@ -145,7 +145,7 @@ def test_depth_is_exact_across_blocks(shift: int, run: int, filler: str) -> None
             json_shape.check(body, depth - 1, 1000)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(["n", "best_of", "max_tokens", "max_completion_tokens", "top_logprobs", "prompt_logprobs"]),
     st.integers(min_value=32769),

@@ -5,12 +5,18 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 
+from serving.config import FakeEngineConfig
+from serving.engine.fake.metrics import EngineMetrics
+from serving.engine.fake.scheduler import Scheduler
+from serving.metrics.prometheus import rule_file
+
 ROOT = Path(__file__).parents[2]
-RAY_MODULES = ("serving/cluster/ray.py", "serving/cluster/placement.py")
+RAY_MODULES = ("serving/cluster/ray.py", "serving/cluster/placement.py", "serving/cluster/failed_starts.py")
 
 
 def imported_names() -> list[tuple[str, str]]:
@@ -39,3 +45,42 @@ def test_vllm_has_what_we_replace() -> None:
     functions = {n.name for n in ast.walk(ast.parse(registry.read_text())) if isinstance(n, ast.FunctionDef)}
     assert "_run_in_subprocess" in functions
     assert "_run_in_subprocess(" in registry.read_text().split("def inspect_model_cls", 2)[2]
+    worker = Path(spec.origin).parent / "v1" / "worker"
+    assert "def warming_up_model(self)" in (worker / "cpu_model_runner.py").read_text()
+    assert "self.model_runner.warming_up_model()" in (worker / "cpu_worker.py").read_text()
+    # What our mixin reads in a worker, and that its name is free there.
+    assert "compilation_config.compilation_time" in (worker.parent / "engine" / "core.py").read_text()
+    assert "encoder_compilation_time" in (worker.parent / "engine" / "core.py").read_text()
+    assert "galerne_" not in (worker / "worker_base.py").read_text()
+    # What the accounts of serving.engine.vllm_work wrap and read.
+    processor = (worker.parent / "engine" / "output_processor.py").read_text()
+    for called in (
+        "def add_request(\n        self,\n        request: EngineCoreRequest,\n        prompt: str | None,",
+        "def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:",
+        "def _finish_request(self, req_state: RequestState) -> None:",
+        "self._finish_request(req_state)",
+        "self.prompt_len = ",
+        "self.is_prefilling = True",
+        "self.num_cached_tokens = 0",
+        "self.stats = RequestStateStats(arrival_time=arrival_time) if log_stats else None",
+    ):
+        assert called in processor, called
+    # A sequence's tokens are counted before its end is told.
+    outputs = processor.split("def process_outputs(", 1)[1]
+    assert outputs.index("self._update_stats_from_output(") < outputs.index("self._finish_request(")
+    client = (worker.parent / "engine" / "async_llm.py").read_text()
+    assert "self.output_processor.add_request(request, prompt, parent_req, index, queue)" in client
+    assert "self.output_processor.abort_requests(request_ids, internal)" in client
+
+
+def test_engines_export_what_the_rules_read() -> None:
+    read = {re.sub(r"_(total|sum|count|bucket)$", "", name) for name in re.findall(r"vllm:\w+", rule_file())}
+    assert len(read) >= 5
+    scheduler = Scheduler(FakeEngineConfig())
+    fake = {f.name for f in EngineMetrics(scheduler, "m", 1024).collect()}
+    assert read <= fake, read - fake
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("vLLM is not installed")
+    source = (Path(spec.origin).parent / "v1" / "metrics" / "loggers.py").read_text()
+    assert {name for name in read if f'name="{name}"' not in source} == set()

@@ -6,15 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 
 from serving.cli import state
 from serving.cli.overview import rows
-from serving.cluster.environment import haproxy_connections
+from serving.cluster.environment import environment, haproxy_connections
 from serving.cluster.haproxy import ERRORS, EdgeLimits, harden, write_error_files
-from serving.cluster.processes import descendants, end_descendants, free_port, port_is_free
-from serving.config import ModelConfig
+from serving.cluster.processes import ENV_TAKES_TURNS, descendants, end_descendants, free_port, port_is_free
+from serving.config import GalerneConfig, ModelConfig
 from serving.engine import on_cpu
 from serving.metrics.table import TABLE
 from serving.routing.policies import less_loaded_of_two
@@ -149,7 +150,13 @@ def test_free_port_skips_a_taken_one() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert not port_is_free("127.0.0.1", port)
-        assert free_port("127.0.0.1", port) > port
+        found = free_port("127.0.0.1", port)
+        assert found > port
+        # It is promised: whoever asks next, here or in another command, gets another.
+        assert free_port("127.0.0.1", port) > found
+        asked = f"from serving.cluster.processes import free_port; print(free_port('127.0.0.1', {found}))"
+        other = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+        assert int(other.stdout) > found
 
 
 def test_a_cpu_engine_finds_its_threads_in_the_environment(tmp_path: Path) -> None:
@@ -163,6 +170,47 @@ def test_a_cpu_engine_finds_its_threads_in_the_environment(tmp_path: Path) -> No
     # Pinning is the operator's to ask for, and only a spawned worker takes it.
     pinned = on_cpu.environment({"VLLM_CPU_OMP_THREADS_BIND": "0-3|4-7"}, 1, tmp_path)
     assert on_cpu.start_method(pinned) == "spawn"
+
+
+def test_a_process_that_takes_its_turn_is_of_the_batch_class_and_what_it_becomes_too() -> None:
+    script = (
+        "import os, threading; from serving.cluster.processes import takes_turns\n"
+        "stop = threading.Event(); thread = threading.Thread(target=stop.wait); thread.start()\n"
+        "takes_turns()\n"
+        "print(os.sched_getscheduler(0) == os.sched_getscheduler(thread.native_id) == os.SCHED_BATCH); stop.set()\n"
+        "os.execvp('sh', ['sh', '-c', 'cut -d\" \" -f41 /proc/self/stat'])"
+    )
+    done = subprocess.run([sys.executable, "-u", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "3"]  # 3: SCHED_BATCH
+
+
+@pytest.mark.parametrize(
+    ("model", "host", "shared"),
+    [
+        ({"source": "random:mistral"}, "127.0.0.1", True),
+        ({"source": "random:mistral", "resources": {"accelerator": "gpu"}}, "127.0.0.1", False),
+        ({"source": "fake:m"}, "127.0.0.1", False),
+        ({"source": "random:mistral"}, "0.0.0.0", False),  # noqa: S104 - a pod has processors of its own
+    ],
+)
+def test_gateway_and_proxy_take_turns_where_an_engine_computes_beside_them(
+    model: dict[str, object], host: str, shared: bool, tmp_path: Path
+) -> None:
+    tenants = [{"id": "t", "keys": [{"id": "k", "sha256": "0" * 64}]}]
+    config = GalerneConfig.model_validate(
+        {"listen": {"host": host}, "models": [{"id": "m"} | model], "tenants": tenants}
+    )
+    assert (ENV_TAKES_TURNS in environment(config, tmp_path)) == shared
+
+
+@pytest.mark.parametrize(
+    ("workers", "binding", "executor"),
+    [(1, "nobind", "uni"), (2, "nobind", "mp"), (1, "0-1", "mp")],
+)
+def test_a_single_worker_that_is_not_bound_computes_in_the_core(workers: int, binding: str, executor: str) -> None:
+    parallel = SimpleNamespace(world_size=workers, distributed_executor_backend="mp")
+    on_cpu.join_core(parallel, {on_cpu.BINDING: binding})
+    assert parallel.distributed_executor_backend == executor
 
 
 def test_threads_are_what_the_model_was_given_or_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ def test_before_a_pass_ends_nothing_happens() -> None:
     assert scheduler.due == due
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     requests=st.lists(
         st.tuples(st.integers(1, 40), st.integers(0, 24), st.integers(0, 2), st.booleans(), st.floats(0, 0.5)),

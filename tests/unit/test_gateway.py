@@ -19,6 +19,7 @@ from serving.api.auth import digest
 from serving.config import FakeEngineConfig, FakeFaults, GalerneConfig
 from serving.engine.fake import build_app
 from serving.engine.private_server import PrivateServer
+from serving.metering.ledger import Ledger
 from serving.metrics.gateway import GatewayMetrics
 from serving.routing.replicas import Endpoint
 
@@ -37,6 +38,7 @@ class Rig:
     metrics: GatewayMetrics
     http: httpx.AsyncClient
     engines: list[PrivateServer]
+    endpoints: tuple[Endpoint, ...]
 
     def total(self, name: str, **labels: str) -> float:
         return sum(
@@ -54,24 +56,33 @@ class Rig:
             await asyncio.sleep(0.01)
         assert self.total("galerne_requests_accepted_total") == self.total("galerne_requests_finished_total")
         assert all(n == 0 for replicas in self.gateway.replicas.snapshot().values() for n in replicas.values())
+        for _, hold in self.gateway.hold.items():
+            assert (hold.held(), hold.held_bytes, hold.turns) == ({}, 0, 0)
 
 
-def configuration(**gateway: Any) -> GalerneConfig:
+# Waiting for a replica is test_hold's.
+NO_HOLD: dict[str, Any] = {"hold": {"requests": 0}}
+
+
+def configuration(
+    chat: dict[str, Any] = NO_HOLD, tenant: dict[str, Any] | None = None, **gateway: Any
+) -> GalerneConfig:
     return GalerneConfig.model_validate(
         {
             "gateway": gateway,
             "limits": {"body_bytes": 200_000},
             "models": [
-                {"id": "chat", "source": "fake:chat"},
+                {"id": "chat", "source": "fake:chat"} | chat,
                 {"id": "acme/vectors", "source": "fake:vectors", "task": "embed"},
-                {"id": "secret", "source": "fake:secret"},
+                {"id": "secret", "source": "fake:secret"} | NO_HOLD,
             ],
             "tenants": [
                 {
                     "id": "press",
                     "keys": [{"id": "a", "sha256": digest(KEY)}],
                     "models": ["chat", "acme/vectors"],
-                },
+                }
+                | (tenant or {}),
                 {"id": "other", "keys": [{"id": "b", "sha256": digest("sk-other")}]},
             ],
         }
@@ -80,10 +91,30 @@ def configuration(**gateway: Any) -> GalerneConfig:
 
 @contextlib.asynccontextmanager
 async def rig(
-    *engines: FakeEngineConfig, dead: int = 0, wrap: Callable[[Any], Any] = lambda app: app, **gateway: Any
+    *engines: FakeEngineConfig,
+    dead: int = 0,
+    wrap: Callable[[Any], Any] = lambda app: app,
+    wake: Callable[[str], None] = lambda _: None,
+    hidden: bool = False,
+    chat: dict[str, Any] = NO_HOLD,
+    change: Callable[[GalerneConfig], GalerneConfig] = lambda config: config,
+    ledger: Ledger | None = None,
+    tenant: dict[str, Any] | None = None,
+    **gateway: Any,
 ) -> AsyncIterator[Rig]:
+    """`hidden`: the gateway is not told of the engines yet; `tenant`: more of the first tenant.
+
+    `change` makes another configuration of the rig's.
+    """
     metrics = GatewayMetrics(time.monotonic)
-    app = Gateway(configuration(**gateway), engine_token=TOKEN, metrics=metrics, rng=Random(7))
+    app = Gateway(
+        change(configuration(chat, tenant, **gateway)),
+        engine_token=TOKEN,
+        metrics=metrics,
+        rng=Random(7),
+        wake=wake,
+        ledger=ledger,
+    )
     servers = []
     for config in engines:
         fake = build_app(config, "chat")
@@ -93,12 +124,12 @@ async def rig(
         servers.append(server)
     endpoints = [Endpoint(f"r{i}", s.host, s.port) for i, s in enumerate(servers)]
     endpoints += [Endpoint(f"dead{i}", "127.0.0.1", 1) for i in range(dead)]
-    if endpoints:
+    if endpoints and not hidden:
         app.update_replicas("chat", tuple(endpoints))
     front = PrivateServer(app, host="127.0.0.1", token="")
     await front.start()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{front.port}", timeout=20) as http:
-        made = Rig(app, metrics, http, servers)
+        made = Rig(app, metrics, http, servers, tuple(endpoints))
         try:
             yield made
             await made.settled()
@@ -187,6 +218,23 @@ async def test_own_routes() -> None:
         assert (await made.http.get("/health/ready")).status_code == 503
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"x-galerne-engine-token": TOKEN}, 200),
+        ({"authorization": f"Bearer {TOKEN}"}, 200),
+        ({"authorization": TOKEN[:-1]}, 403),
+        ({"x-galerne-engine-token": "", "authorization": "Bearer sk-demo"}, 403),
+        ({}, 403),
+    ],
+)
+async def test_the_engines_port_asks_for_its_token(headers: dict[str, str], status: int) -> None:
+    async with rig(FAST) as made:
+        url = f"http://127.0.0.1:{made.engines[0].port}{COMPLETIONS}"
+        async with httpx.AsyncClient() as direct:
+            assert (await direct.post(url, headers=headers, json=CHAT)).status_code == status
+
+
 async def test_bytes_pass_unchanged() -> None:
     async with rig(FAST) as made:
         engine = made.engines[0]
@@ -202,6 +250,24 @@ async def test_bytes_pass_unchanged() -> None:
         big = CHAT | {"messages": [{"role": "user", "content": "word " * 13_000}]}
         assert (await made.http.post(COMPLETIONS, headers=AUTH, json=big)).status_code == 200
         assert made.total("galerne_requests_finished_total", outcome="completed") == 3
+
+
+async def test_a_prefix_is_cached_for_its_tenant_alone() -> None:
+    body = CHAT | {"messages": [{"role": "user", "content": "a prefix of several blocks " * 40}]}
+    other = {"authorization": "Bearer sk-other"}
+
+    async with rig(FAST) as made:
+
+        async def cached(headers: dict[str, str], **fields: Any) -> int:
+            answer = await made.http.post(COMPLETIONS, headers=headers, json=body | fields)
+            return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+        assert await cached(AUTH) == 0
+        assert await cached(AUTH) > 0
+        assert await cached(other) == 0
+        # Neither a salt of its own nor a guess at the other's gets a client into another cache.
+        assert await cached(AUTH, cache_salt="guess") > 0
+        assert await cached(other, cache_salt="guess") > 0
 
 
 def _without_ids(text: str) -> list[Any]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import textwrap
+import time
 from pathlib import Path
 
 import psutil
@@ -31,7 +34,7 @@ ANSWERS = """
         os._exit(0)
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    os.write(int(sys.argv[1]), json.dumps({"port": server.server_port}).encode() + b"\\n")
+    os.write(int(sys.argv[1]), json.dumps({"port": server.server_port, "phases_s": {"load": 7.0, "compile": 2.5}, "capacity": {"sequences": 32}}).encode() + b"\\n")
     sys.stdin.read()
 """
 
@@ -49,6 +52,10 @@ async def test_a_good_engine_is_healthy_and_drained_by_sigterm(tmp_path: Path) -
     hosted = engine(tmp_path, ANSWERS.replace("STATUS", "200"))
     await hosted.start()
     assert hosted.port > 0
+    # As the process says; what it cannot know of, its own start, is loading.
+    assert hosted.phases_s["compile"] == 2.5
+    assert hosted.phases_s["load"] >= 7.0
+    assert hosted.capacity == {"sequences": 32}
     await hosted.check_health()
     await hosted.stop()
     assert (tmp_path / "drained").exists()
@@ -99,3 +106,18 @@ async def test_a_start_has_a_bound(tmp_path: Path) -> None:
             await hosted.start()
     await hosted.stop()
     assert not [p for p in psutil.Process().children() if "program.py" in " ".join(p.cmdline())]
+
+
+def test_an_engines_process_has_its_title_before_it_changes_its_environment() -> None:
+    # The kernel's place for a title begins where the environment does: who moves the first variable first gets none,
+    # and neither do vLLM's core and workers, which are forks.
+    with subprocess.Popen(
+        [sys.executable, "-m", "serving.engine.host", "1"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            deadline_s = time.monotonic() + 60
+            while not " ".join(psutil.Process(process.pid).cmdline()).startswith("galerne engine"):
+                assert time.monotonic() < deadline_s, psutil.Process(process.pid).cmdline()
+                time.sleep(0.05)
+        finally:
+            process.kill()

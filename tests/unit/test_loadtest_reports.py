@@ -118,7 +118,7 @@ def test_a_target_for_no_figure_is_refused(key: str) -> None:
         metric(key)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=3000), st.floats(0.01, 1.0))
 def test_a_quantile_read_off_a_thinned_distribution_is_at_most_half_a_percent_of_ranks_off(
     values: list[float], level: float

@@ -171,7 +171,7 @@ def test_a_server_that_is_not_there_is_named() -> None:
 def test_a_prometheus_without_samples_costs_the_plot_not_the_run() -> None:
     with serving() as (url, _):
         run = run_scenario(tiny(duration_s=0.1), SessionSettings(url=url, prometheus=url))
-        with pytest.raises(LoadtestError, match="does it scrape the gateway"):
+        with pytest.raises(LoadtestError, match="does it scrape the cluster"):
             replicas.read(url, datetime.now(UTC), 10.0)
     assert not run.replicas
     assert "has no sample" in run.scenario["notes"][-1]

@@ -25,7 +25,7 @@ def test_few_requests_decide_nothing() -> None:
     assert decide(900, 1000, 0.95) is Decision.FAILED
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.floats(0.02, 500), st.floats(0.05, 20), st.floats(0.02, 0.5))
 def test_a_sharp_limit_is_enclosed_as_closely_as_was_asked(limit: float, start: float, precision: float) -> None:
     found = search(
@@ -38,7 +38,7 @@ def test_a_sharp_limit_is_enclosed_as_closely_as_was_asked(limit: float, start: 
     assert not list(told(found.steps))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_a_noisy_limit_is_found_within_a_factor(seed: int) -> None:
     rng = random.Random(seed)

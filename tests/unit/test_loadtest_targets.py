@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from loadtest.errors import LoadtestError
-from loadtest.processes import ProcessGroups, parse_groups, this_machine
+from loadtest.peers.peer import Recipe
+from loadtest.processes import ProcessGroups, _processes, parse_groups, this_machine
 from loadtest.request import Target, chat_templates, filler, target_at
-from loadtest.targets import subjects_of
+from loadtest.targets import _access, recipe_of, subjects_of
 
 READY = {
     "url": "http://127.0.0.1:8000",
@@ -117,6 +119,8 @@ def test_processes_come_and_go_within_a_group() -> None:
         together = groups.read()
         named = ProcessGroups({"child": (f"{os.getpid()}/sleep",)})
         assert 0 < named.read().rss_bytes["child"] < together.rss_bytes["all"]
+        assert child.pid not in {process.pid for process in _processes("others", f"{os.getpid()}/!sleep")}
+        assert os.getpid() in {process.pid for process in _processes("others", f"{os.getpid()}/!sleep")}
         child.kill()
     assert together.rss_bytes["all"] > alone.rss_bytes["all"]
     assert groups.read().cpu_s["all"] >= together.cpu_s["all"]
@@ -141,3 +145,36 @@ def test_the_machine_is_described() -> None:
     assert machine.cores >= 1
     assert machine.cpu_model
     assert machine.python.startswith("3.")
+
+
+def test_a_recipe_leaves_out_whose_engine_it_is() -> None:
+    told = {
+        "arguments": {"model": "/weights", "served_model_name": ["m"], "dtype": "float32"},
+        "environment": {"OMP_NUM_THREADS": "2", "LD_PRELOAD": "/here/libgomp.so"},
+    }
+    assert recipe_of(told) == Recipe(Path("/weights"), {"dtype": "float32"}, {"OMP_NUM_THREADS": "2"})
+
+
+def test_galerne_tells_what_its_engine_is_started_with(tmp_path: Path) -> None:
+    """The command whose output a recipe is made of, on a model directory that is there."""
+    weights = tmp_path / "model"
+    weights.mkdir()
+    (weights / "model.safetensors").touch()
+    (weights / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    config = tmp_path / "c.yaml"
+    model = {
+        "id": "m",
+        "source": f"path:{weights}",
+        "engine": {"max_model_len": 99},
+        "resources": {"accelerator": "cpu"},
+    }
+    config.write_text(json.dumps(_access("", 18390) | {"models": [model, {"id": "f", "source": "fake:f"}]}))
+    galerne = Path(sys.executable).with_name("galerne")
+    told = subprocess.run([galerne, "models", "arguments", str(config)], capture_output=True, text=True, check=True)
+    (document,) = json.loads(told.stdout).values()
+    recipe = recipe_of(document)
+    assert recipe.weights == weights
+    assert recipe.arguments["max_model_len"] == 99
+    assert recipe.env["OMP_NUM_THREADS"]
+    # What another installation cannot import is not handed to it.
+    assert not [name for name, value in recipe.arguments.items() if "serving." in str(value)]

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from serving.engine.sources import Progress, is_prepared, prepare
+from serving.engine.sources.adapters import prepare_adapter
 from serving.engine.sources.hub import hub_cache, split, wanted_files
 from serving.errors import SourceError
 
@@ -250,3 +251,12 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
         pass  # its port is closed again
     with pytest.raises(SourceError, match=r"cannot be reached.*HF_ENDPOINT"):
         prepare("hf:org/model", tmp_path, env=env)
+
+
+def test_an_adapter_takes_its_two_files_and_then_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = {"adapter_config.json": '{"r": 8}', "adapter_model.safetensors": "weights", "tokenizer.json": "{}"}
+    monkeypatch.setattr(Hub, "files", adapter | {"adapter_model.bin": "pickled"})
+    with serve() as env:
+        path = prepare_adapter("hf:org/model", tmp_path, env=env)
+    assert sorted(file.name for file in path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert prepare_adapter("hf:org/model", tmp_path, env=OFFLINE) == path

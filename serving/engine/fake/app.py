@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 
 from serving.config import FakeEngineConfig
@@ -50,11 +50,12 @@ class FakeApp:
         task: str,
         clock: Callable[[], float],
         exit_process: Callable[[int], object],
+        adapters: frozenset[str] = frozenset(),
     ) -> None:
         scheduler = Scheduler(config)
         max_model_len = min(config.max_model_len, config.kv_blocks * config.block_tokens)
         metrics = EngineMetrics(scheduler, model_id, max_model_len)
-        self._engine = Engine(config, model_id, max_model_len, Driver(scheduler, metrics, clock), metrics)
+        self._engine = Engine(config, model_id, max_model_len, Driver(scheduler, metrics, clock), metrics, adapters)
         self._routes = ROUTES[task]
         self._faults = Faults(config.faults, config.seed, exit_process)
         self._clock = clock
@@ -174,17 +175,21 @@ class FakeApp:
             "group": None,
             "is_blocking": False,
         }
-        card = {
-            "id": self._engine.model_id,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "galerne-fake",
-            "root": self._engine.model_id,
-            "parent": None,
-            "max_model_len": self._engine.max_model_len,
-            "permission": [permission],
-        }
-        await exchange.json({"object": "list", "data": [card]})
+        base = self._engine.model_id
+        cards = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self._created,
+                "owned_by": "galerne-fake",
+                "root": name,
+                "parent": None if name == base else base,
+                "max_model_len": self._engine.max_model_len,
+                "permission": [permission],
+            }
+            for name in (base, *sorted(self._engine.adapters))
+        ]
+        await exchange.json({"object": "list", "data": cards})
 
 
 def build_app(
@@ -194,12 +199,13 @@ def build_app(
     task: str = "generate",
     clock: Callable[[], float] = time.monotonic,
     exit_process: Callable[[int], object] = os._exit,
+    adapters: Iterable[str] = (),
 ) -> FakeApp:
-    """The fake engine for one model; `task` is "generate" or "embed", which decides its routes.
+    """The fake engine for one model; `task` is "generate" or "embed", which decides its routes; `adapters`: names.
 
     `clock` counts seconds from any start; `exit_process` plays the fault that ends the process.
     Raises ValueError for another task.
     """
     if task not in ROUTES:
         raise ValueError(f"task {task!r} is none of {', '.join(ROUTES)}")
-    return FakeApp(config, model_id, task, clock, exit_process)
+    return FakeApp(config, model_id, task, clock, exit_process, frozenset(adapters))

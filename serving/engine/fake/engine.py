@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from serving.engine.fake.exchange import Exchange
 from serving.engine.fake.metrics import EngineMetrics
 from serving.engine.fake.protocol import RefusalError, Request
 from serving.engine.fake.scheduler import Sequence as EngineSequence
+from serving.engine.work import Done, current
 
 MAX_REQUEST_ID_CHARS = 128
 
@@ -64,23 +65,62 @@ class Engine:
     max_model_len: int
     driver: Driver
     metrics: EngineMetrics
+    # Names of adapters: each answers, and caches prefixes, under its own.
+    adapters: frozenset[str] = frozenset()
 
-    def check_model(self, request: Request) -> None:
-        """Raises RefusalError 404 for a model that is not this one. No model means this one, as in vLLM."""
-        if request.model and request.model != self.model_id:
+    def check_model(self, request: Request) -> str:
+        """The name to answer under. Raises RefusalError 404 for a model that is neither this one nor an adapter of it.
+
+        No model means this one, as in vLLM.
+        """
+        if not request.model:
+            return self.model_id
+        if request.model != self.model_id and request.model not in self.adapters:
             message = f"The model `{request.model}` does not exist."
             raise RefusalError(404, message, kind="NotFoundError", param="model")
+        return request.model
+
+    def salt(self, request: Request) -> str | None:
+        """What keeps this request's cached prefixes apart from others': the caller's salt, and its adapter."""
+        if request.model in self.adapters:
+            return f"{request.model} {request.cache_salt or ''}"
+        return request.cache_salt
 
     @asynccontextmanager
-    async def running(self, sequences: Sequence[EngineSequence], exchange: Exchange) -> AsyncIterator[Ticket]:
-        """Runs sequences while the client is there; leaving it aborts what has not finished."""
+    async def running(
+        self, sequences: Sequence[EngineSequence], exchange: Exchange, *, per_prompt: int = 1
+    ) -> AsyncIterator[Ticket]:
+        """Runs sequences while the client is there; leaving it aborts what has not finished.
+
+        Of each `per_prompt` sequences that follow one another the prompt is the same.
+        """
         ticket = self.driver.submit(list(sequences))
         watch = exchange.watch(lambda: self.driver.close(ticket))
+        account = current.get()
+        if account is not None:
+            for i, sequence in enumerate(sequences):
+                account.began(id(sequence), _looking(sequence, id(sequences[i - i % per_prompt])))
         try:
             yield ticket
         finally:
             watch.cancel()
             self.driver.close(ticket)
+            if account is not None:
+                for sequence in sequences:
+                    account.ended(id(sequence))
+
+
+def _looking(sequence: EngineSequence, prompt: int) -> Callable[[], Done]:
+    def look() -> Done:
+        prefilled = sequence.first_token_at is not None
+        return Done(
+            prompt=prompt,
+            prompt_tokens=sequence.prompt_tokens if prefilled else 0,
+            cached_tokens=sequence.cached_tokens if prefilled else 0,
+            completion_tokens=sequence.produced,
+        )
+
+    return look
 
 
 def request_id(prefix: str, exchange: Exchange) -> str:

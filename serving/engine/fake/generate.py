@@ -132,17 +132,17 @@ class ChatShape(Shape):
 async def chat(engine: Engine, exchange: Exchange) -> None:
     """POST /v1/chat/completions."""
     request = parse(ChatRequest, await exchange.body())
-    engine.check_model(request)
+    name = engine.check_model(request)
     tools = request.tools or []
     call = plan.tool_call(tools, request.tool_choice)
     limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     text = call[1] if call else plan.structured_text(request.response_format)
-    wanted = _wanted(request, limit, text)
+    wanted = _wanted(engine, request, limit, text)
     prompt = plan.render_chat(request.messages, tools)
     choices = plan.plan(prompt, wanted, engine.config, engine.max_model_len)
     shape = ChatShape(
         request_id("chatcmpl", exchange),
-        engine.model_id,
+        name,
         tool=call[0] if call else None,
         tool_named=isinstance(request.tool_choice, dict),
     )
@@ -152,24 +152,24 @@ async def chat(engine: Engine, exchange: Exchange) -> None:
 async def completions(engine: Engine, exchange: Exchange) -> None:
     """POST /v1/completions."""
     request = parse(CompletionRequest, await exchange.body())
-    engine.check_model(request)
+    name = engine.check_model(request)
     text = plan.structured_text(request.response_format)
-    wanted = _wanted(request, request.max_tokens, text)
+    wanted = _wanted(engine, request, request.max_tokens, text)
     choices: list[Choice] = []
     for prompt in prompts(request.prompt, "prompt"):
         rendered = plan.render_prompt(prompt)
         choices += plan.plan(rendered, wanted, engine.config, engine.max_model_len, first_index=len(choices))
-    shape = CompletionShape(request_id("cmpl", exchange), engine.model_id)
+    shape = CompletionShape(request_id("cmpl", exchange), name)
     await _answer(engine, exchange, request, choices, shape)
 
 
-def _wanted(request: GenerationRequest, max_tokens: int | None, text: str | None) -> Wanted:
+def _wanted(engine: Engine, request: GenerationRequest, max_tokens: int | None, text: str | None) -> Wanted:
     return Wanted(
         n=request.n or 1,
         max_tokens=max_tokens,
         min_tokens=request.min_tokens or 0,
         text=text,
-        cache_salt=request.cache_salt,
+        cache_salt=engine.salt(request),
     )
 
 
@@ -182,7 +182,7 @@ async def _answer(
     if request.stream:
         await _stream(engine, exchange, request, choices, shape)
         return
-    async with engine.running(sequences, exchange) as ticket:
+    async with engine.running(sequences, exchange, per_prompt=n) as ticket:
         await ticket.finished()
     await exchange.json(
         {
@@ -204,7 +204,7 @@ async def _stream(
     continuous = include_usage and bool(options and options.continuous_usage_stats)
     sequences = [choice.sequence for choice in choices]
     writers = [Writer(choice, shape, include_usage=include_usage, continuous=continuous) for choice in choices]
-    async with engine.running(sequences, exchange) as ticket:
+    async with engine.running(sequences, exchange, per_prompt=request.n or 1) as ticket:
         await exchange.start_stream()
         opening = b"".join(writer.opening() for writer in writers)
         while writers:

@@ -155,6 +155,10 @@ class EngineMetrics(Collector):
         yield GaugeMetricFamily(
             "galerne_engine_simulated", "1: this engine is simulated and computes nothing.", value=1
         )
+        blocks = {"num_gpu_blocks": str(scheduler.pool.total), "block_size": str(scheduler.block_tokens)}
+        info = GaugeMetricFamily("vllm:cache_config_info", "Sizes of the cache.", labels=[*blocks, "engine"])
+        info.add_metric([*blocks.values(), ENGINE_INDEX], 1)
+        yield info
         yield self._gauge("vllm:num_requests_running", "Requests in the batch.", len(scheduler.running))
         yield self._gauge("vllm:num_requests_waiting", "Requests waiting.", len(scheduler.waiting))
         by_reason = GaugeMetricFamily(

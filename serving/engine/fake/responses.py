@@ -109,19 +109,19 @@ class Response:
 async def responses(engine: Engine, exchange: Exchange) -> None:
     """POST /v1/responses."""
     request = parse(ResponsesRequest, await exchange.body())
-    engine.check_model(request)
+    name = engine.check_model(request)
     if request.previous_response_id:
         message = f"Response with id '{request.previous_response_id}' not found."
         raise RefusalError(404, message, kind="invalid_request_error", param="response_id")
     wanted = Wanted(
         max_tokens=request.max_output_tokens,
         text=plan.structured_text((request.text or {}).get("format")),
-        cache_salt=request.cache_salt,
+        cache_salt=engine.salt(request),
     )
     prompt = plan.render_chat(conversation(request))
     (choice,) = plan.plan(prompt, wanted, engine.config, engine.max_model_len)
     engine.metrics.record_request(1, choice.sequence.output_tokens)
-    response = Response(request, engine.model_id, choice)
+    response = Response(request, name, choice)
     async with engine.running([choice.sequence], exchange) as ticket:
         if not request.stream:
             await ticket.finished()

@@ -79,7 +79,7 @@ class Scheduler:
 
     def __init__(self, config: FakeEngineConfig) -> None:
         self._config = config
-        self._block_tokens = config.block_tokens
+        self.block_tokens = config.block_tokens
         self.pool = BlockPool(config.kv_blocks)
         self.waiting: deque[Sequence] = deque()
         # An ordered set: oldest first, removal in O(1).
@@ -201,14 +201,14 @@ class Scheduler:
     def _admit(self, sequence: Sequence, now: float) -> bool:
         """Moves a sequence into the batch if its blocks fit."""
         # The last token is always computed: its logits give the first token of the answer.
-        hits = self.pool.match(sequence.block_hashes[: (sequence.tokens - 1) // self._block_tokens])
-        new = -(-sequence.tokens // self._block_tokens) - len(hits)
+        hits = self.pool.match(sequence.block_hashes[: (sequence.tokens - 1) // self.block_tokens])
+        new = -(-sequence.tokens // self.block_tokens) - len(hits)
         if new + self.pool.idle(hits) > self.pool.free:
             return False
         self.pool.share(hits)
         sequence.blocks = hits + self.pool.take(new)
         sequence.remembered = len(hits)
-        sequence.computed = len(hits) * self._block_tokens
+        sequence.computed = len(hits) * self.block_tokens
         sequence.state = State.RUNNING
         self.running[sequence] = None
         if sequence.scheduled_at is None:
@@ -220,7 +220,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Makes sure that the sequence's newest token has a block."""
-        if len(sequence.blocks) * self._block_tokens < sequence.tokens:
+        if len(sequence.blocks) * self.block_tokens < sequence.tokens:
             if not self.pool.free:
                 return False
             sequence.blocks += self.pool.take(1)
@@ -228,7 +228,7 @@ class Scheduler:
 
     def _compute(self, sequence: Sequence, chunk: int) -> None:
         sequence.computed += chunk
-        full = min(sequence.computed // self._block_tokens, len(sequence.block_hashes))
+        full = min(sequence.computed // self.block_tokens, len(sequence.block_hashes))
         for i in range(sequence.remembered, full):
             self.pool.remember(sequence.blocks[i], sequence.block_hashes[i])
             sequence.remembered = i + 1

@@ -2,6 +2,7 @@
 
     python -m serving.engine.sources.convert gguf FILE OUT
     python -m serving.engine.sources.convert random TOKENIZER_DIR OUT OPTIONS_JSON
+    python -m serving.engine.sources.convert lora OUT OPTIONS_JSON
 
 It is a process of its own so that its memory is given back and its parent imports no model library. It
 needs numpy, gguf and tokenizers, and on purpose neither torch nor transformers: importing those takes
@@ -16,13 +17,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from serving.engine.sources.random_options import Options
+from serving.engine.sources.random_options import LoraOptions, Options
 
 
 def main(arguments: list[str]) -> int:
     """Run one conversion; 0 where it succeeded."""
     try:
-        from serving.engine.sources import gguf_llama, random_mistral
+        from serving.engine.sources import gguf_llama, random_lora, random_mistral
 
         match arguments:
             case ["gguf", file, out]:
@@ -32,6 +33,8 @@ def main(arguments: list[str]) -> int:
             case ["random", tokenizer, out, options]:
                 shape = Options(**json.loads(options))
                 random_mistral.make(Path(tokenizer), Path(out), shape, _reporter("write"))
+            case ["lora", out, options]:
+                random_lora.make(Path(out), LoraOptions(**json.loads(options)), _reporter("write"))
             case _:
                 print(__doc__, file=sys.stderr)
                 return 2

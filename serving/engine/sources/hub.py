@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,6 +32,18 @@ _SMALL_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _COPIES = {"original", "onnx", "openvino", "metal", "gguf"}
 
 
+@dataclass(frozen=True)
+class Content:
+    """What is wanted of a repository: a model's files, or an adapter's."""
+
+    # A file that every snapshot of it has.
+    probe: str
+    # What a directory misses, in words.
+    lacks: Callable[[Path], str | None]
+    # (names, whether Mistral's own format is asked for) -> the files to take.
+    wanted: Callable[[Iterable[str], bool], list[str]]
+
+
 def split(rest: str) -> tuple[str, str | None]:
     """`org/name@revision` into its parts; SourceError where it is not of that form."""
     repository, at, revision = rest.partition("@")
@@ -41,13 +54,19 @@ def split(rest: str) -> tuple[str, str | None]:
 
 def cached(rest: str, cache: Path, env: Mapping[str, str]) -> Path | None:
     """The complete snapshot in the cache, without any network; None where there is none."""
-    return _cached(rest, cache, env)[0]
+    return _cached(rest, cache, env, MODEL)[0]
 
 
-def download(rest: str, cache: Path, progress: ProgressFn, env: Mapping[str, str]) -> Path:
-    """The snapshot of a repository, downloaded where the cache lacks it. Raises SourceError."""
+def download(
+    rest: str, cache: Path, progress: ProgressFn, env: Mapping[str, str], content: Content | None = None
+) -> Path:
+    """The snapshot of a repository, downloaded where the cache lacks it; a model's without `content`.
+
+    Raises SourceError.
+    """
+    content = content or MODEL
     repository, revision = split(rest)
-    path, why = _cached(rest, cache, env)
+    path, why = _cached(rest, cache, env, content)
     if path is not None:
         return path
     if env.get(OFFLINE_VARIABLE, "").lower() in _TRUE:
@@ -56,7 +75,7 @@ def download(rest: str, cache: Path, progress: ProgressFn, env: Mapping[str, str
             "forbids the download: fill the cache on a machine with a network and copy it here, or unset "
             f"{OFFLINE_VARIABLE}"
         )
-    return _download(repository, revision, hub_cache(cache, env), progress, env)
+    return _download(repository, revision, hub_cache(cache, env), progress, env, content)
 
 
 def hub_cache(cache: Path, env: Mapping[str, str]) -> Path:
@@ -92,12 +111,15 @@ def wanted_files(names: Iterable[str], mistral_format: bool) -> list[str]:
     return sorted({*weights, *small})
 
 
+MODEL = Content("config.json", local.lacks, wanted_files)
+
+
 def _wants_mistral_format(repository: str) -> bool:
     preset = preset_for(f"hf:{repository}")
     return preset is not None and preset.load_format == "mistral"
 
 
-def _cached(rest: str, cache: Path, env: Mapping[str, str]) -> tuple[Path | None, str]:
+def _cached(rest: str, cache: Path, env: Mapping[str, str], content: Content) -> tuple[Path | None, str]:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     hub = _library()
@@ -111,19 +133,24 @@ def _cached(rest: str, cache: Path, env: Mapping[str, str]) -> tuple[Path | None
                 cache_dir=hub_cache(cache, env),
                 local_files_only=True,
                 # Judged below by what an engine needs; the library's own check wants every file there is.
-                allow_patterns=["config.json"],
+                allow_patterns=[content.probe],
             )
         )
     except LocalEntryNotFoundError:
         return None, "no snapshot of it is there"
-    missing = local.lacks(path)
-    if missing is None and mistral_format and not any(path.glob("consolidated*.safetensors")):
+    missing = content.lacks(path)
+    if missing is None and content is MODEL and mistral_format and not any(path.glob("consolidated*.safetensors")):
         missing = "it has no consolidated*.safetensors"
     return (path, "") if missing is None else (None, f"the snapshot is incomplete: {missing}")
 
 
 def _download(
-    repository: str, revision: str | None, directory: Path, progress: ProgressFn, env: Mapping[str, str]
+    repository: str,
+    revision: str | None,
+    directory: Path,
+    progress: ProgressFn,
+    env: Mapping[str, str],
+    content: Content,
 ) -> Path:
     from huggingface_hub import errors
 
@@ -134,7 +161,7 @@ def _download(
     try:
         info = hub.HfApi(**access).model_info(repository, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        files = wanted_files(sizes, _wants_mistral_format(repository))
+        files = content.wanted(sizes, _wants_mistral_format(repository))
         total = sum(sizes[file] for file in files)
         directory.mkdir(parents=True, exist_ok=True)
         blobs = directory / hub.constants.REPO_ID_SEPARATOR.join(["models", *repository.split("/")]) / "blobs"
@@ -175,8 +202,8 @@ def _download(
             f"the model hub cannot be reached for {name} ({error}): check the network or HTTPS_PROXY, set "
             "HF_ENDPOINT to a mirror, or copy the model here and use path:DIRECTORY"
         ) from error
-    if missing := local.lacks(path):
-        raise SourceError(f"{name} is not a model that vLLM can open: {missing}")
+    if missing := content.lacks(path):
+        raise SourceError(f"{name} is nothing that vLLM can open: {missing}")
     return path
 
 

@@ -1,4 +1,4 @@
-"""What `random:mistral?…` asks for.
+"""What `random:mistral?…` and `random:lora?…` ask for.
 
 Validated without numpy: a configuration is checked on machines that have no engine.
 """
@@ -13,7 +13,8 @@ from urllib.parse import parse_qsl
 FAMILY = "mistral"
 # SmolLM2's, whose tokenizer it borrows.
 VOCABULARY = 49152
-_MAX = {"hidden": 4096, "layers": 64, "heads": 64, "kv_heads": 64, "seed": 2**31 - 1}
+LORA = "lora"
+_MAX = {"hidden": 4096, "layers": 64, "heads": 64, "kv_heads": 64, "seed": 2**31 - 1, "rank": 256}
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,33 @@ class Options:
         return json.dumps(asdict(self))
 
 
+@dataclass(frozen=True)
+class LoraOptions(Options):
+    """An adapter for a random model of the same shape; `seed` is the adapter's own."""
+
+    rank: int = 8
+
+    @property
+    def slug(self) -> str:
+        """A directory name that tells all options."""
+        return f"{LORA}-h{self.hidden}-l{self.layers}-a{self.heads}-k{self.kv_heads}-r{self.rank}-s{self.seed}"
+
+
 def parse(rest: str) -> Options:
     """`mistral?hidden=256&layers=4…` into options; ValueError says what is allowed."""
+    return Options(**_given(rest, FAMILY, Options))
+
+
+def parse_lora(rest: str) -> LoraOptions:
+    """`lora?rank=8&seed=1…` into options; ValueError says what is allowed."""
+    return LoraOptions(**_given(rest, LORA, LoraOptions))
+
+
+def _given(rest: str, kind: str, options: type[Options]) -> dict[str, int]:
     family, _, query = rest.partition("?")
-    if family != FAMILY:
-        raise ValueError(f"random:{family} is not known; allowed: random:{FAMILY}")
-    names = tuple(field.name for field in fields(Options))
+    if family != kind:
+        raise ValueError(f"random:{family} is not known; allowed: random:{kind}")
+    names = tuple(field.name for field in fields(options))
     given: dict[str, int] = {}
     for name, text in parse_qsl(query, keep_blank_values=True):
         if name not in names:
@@ -89,9 +111,9 @@ def parse(rest: str) -> Options:
         if not (text.isascii() and text.isdecimal() and low <= int(text) <= _MAX[name]):
             raise ValueError(f"option {name}={text!r} must be a whole number from {low} to {_MAX[name]}")
         given[name] = int(text)
-    options = Options(**given)
-    if options.hidden % options.heads or options.head_dim % 2:
-        raise ValueError(f"hidden ({options.hidden}) must be an even multiple of heads ({options.heads})")
-    if options.heads % options.kv_heads:
-        raise ValueError(f"heads ({options.heads}) must be a multiple of kv_heads ({options.kv_heads})")
-    return options
+    shape = options(**given)
+    if shape.hidden % shape.heads or shape.head_dim % 2:
+        raise ValueError(f"hidden ({shape.hidden}) must be an even multiple of heads ({shape.heads})")
+    if shape.heads % shape.kv_heads:
+        raise ValueError(f"heads ({shape.heads}) must be a multiple of kv_heads ({shape.kv_heads})")
+    return given

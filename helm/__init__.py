@@ -1,0 +1,1 @@
+"""Installing on Kubernetes: the chart (`galerne/`), and the code that generates its dashboards."""

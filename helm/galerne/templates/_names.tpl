@@ -1,0 +1,93 @@
+{{/* Names and labels of every object. */}}
+
+{{- define "galerne.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end }}
+
+{{/* KubeRay appends up to 30 characters to what it makes of this name, and a label ends at 63. */}}
+{{- define "galerne.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := include "galerne.name" . -}}
+{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end }}
+
+{{/* Labels that never change: selectors use them. Argument: (list $ component) */}}
+{{- define "galerne.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ include "galerne.name" $root }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end }}
+
+{{/* Labels of an object. Argument: (list $ component) */}}
+{{- define "galerne.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "galerne.selector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: galerne
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{/* The product's image. */}}
+{{- define "galerne.image" -}}
+{{- $tag := .Values.image.tag | default .Chart.AppVersion -}}
+{{- include "galerne.reference" (list .Values.image.repository $tag .Values.image.digest) -}}
+{{- end }}
+
+{{/* An image's reference. Argument: (list repository tag digest) */}}
+{{- define "galerne.reference" -}}
+{{- $tag := index . 1 -}}
+{{- if has $tag (list "latest" "main" "master" "dev" "edge" "nightly" "stable" "") -}}
+{{- fail (printf "the tag %q of image %s moves: name one that does not, such as 0.1.0" $tag (index . 0)) -}}
+{{- end -}}
+{{- printf "%s:%s" (index . 0) $tag -}}
+{{- with index . 2 }}@{{ . }}{{ end -}}
+{{- end }}
+
+{{- define "galerne.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Secrets by their purpose. */}}
+{{- define "galerne.configSecret" -}}
+{{- .Values.tenants.existingSecret | default (printf "%s-config" (include "galerne.fullname" .)) -}}
+{{- end }}
+
+{{- define "galerne.tokensSecret" -}}
+{{- .Values.tokens.existingSecret | default (printf "%s-tokens" (include "galerne.fullname" .)) -}}
+{{- end }}
+
+{{- define "galerne.redisSecret" -}}
+{{- if .Values.gcs.redisAddress -}}{{ .Values.gcs.passwordSecret.name }}{{- else -}}
+{{- printf "%s-redis" (include "galerne.fullname" .) -}}
+{{- end -}}
+{{- end }}
+
+{{- define "galerne.redisAddress" -}}
+{{- if .Values.gcs.redisAddress -}}{{ .Values.gcs.redisAddress }}
+{{- else if .Values.redis.enabled -}}{{ printf "%s-redis:6379" (include "galerne.fullname" .) }}
+{{- end -}}
+{{- end }}
+
+{{/* Priority class by kind: serving or engines. Argument: (list $ kind) */}}
+{{- define "galerne.priorityClass" -}}
+{{- $root := index . 0 -}}
+{{- if $root.Values.priorityClasses.create }}
+priorityClassName: {{ include "galerne.fullname" $root }}-{{ index . 1 }}
+{{- end }}
+{{- end }}
+
+{{/* A text whose links to the runbook lead to where it is published. Argument: (list $ text) */}}
+{{- define "galerne.withRunbook" -}}
+{{- $root := index . 0 -}}
+{{- index . 1 | replace "docs/runbook.md" ($root.Values.metrics.runbookUrl | default "docs/runbook.md") -}}
+{{- end }}

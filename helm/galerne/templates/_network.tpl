@@ -1,0 +1,39 @@
+{{/* Peers and ports of network policies. */}}
+
+{{- define "galerne.dnsPeer" -}}
+- namespaceSelector:
+    matchLabels: {kubernetes.io/metadata.name: {{ .Values.networkPolicy.dns.namespace }}}
+  podSelector:
+    matchLabels: {{- toYaml .Values.networkPolicy.dns.podLabels | nindent 6 }}
+{{- end }}
+
+{{/* Argument: (list $ component…) */}}
+{{- define "galerne.own" -}}
+- podSelector:
+    matchLabels:
+      app.kubernetes.io/name: {{ include "galerne.name" (index . 0) }}
+      app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
+    matchExpressions:
+      - {key: app.kubernetes.io/component, operator: In, values: [{{ rest . | join ", " }}]}
+{{- end }}
+
+{{- define "galerne.namespacePeer" -}}
+- namespaceSelector:
+    matchLabels: {kubernetes.io/metadata.name: {{ . }}}
+{{- end }}
+
+{{/* What Ray's pods ask of one another: control (6379 on the head), raylets and object store, agents, workers, Serve's
+gateways behind HAProxy, and what binds a free port: Serve's handles, engines, NCCL. Not 8265, 10001, 9101, 9390. */}}
+{{- define "galerne.rayPeerPorts" -}}
+- {port: 6379, endPort: 6383, protocol: TCP}
+- {port: 10002, endPort: 19999, protocol: TCP}
+- {port: 30000, endPort: 60999, protocol: TCP}
+{{- end }}
+
+{{/* Port of a URL. */}}
+{{- define "galerne.urlPort" -}}
+{{- $host := (urlParse .).host -}}
+{{- if regexMatch ":[0-9]+$" $host -}}{{ regexFind "[0-9]+$" $host }}
+{{- else -}}{{ ternary "443" "80" (hasPrefix "https:" .) }}
+{{- end -}}
+{{- end }}

@@ -1,0 +1,1 @@
+"""What generates and unpacks around the chart; no part of what is installed on a cluster."""

@@ -1,0 +1,180 @@
+"""How much of a model's work is given to its engines at once: as much as they compute, no more. Pure.
+
+An engine computes as many sequences at a time as it has slots and as many tokens as its KV cache holds; what is beyond
+waits in the engine, first come first served, where no fairness reaches it. So the gateway keeps that queue: it gives
+away replicas x slots and replicas x KV tokens (prompt plus expected output), divided by the gateways that do so too.
+A sequence that ends in one step of an engine is replaced two
+steps later, so as many more as end in a step are under way: no slot is empty while their successors travel. Capacities
+come from the engine itself, from the configuration where an engine has not said, and where neither says, slots
+are DEFAULT_SEQUENCES and tokens unbounded.
+
+Estimates err, so the token bound is corrected by what is seen: when first bytes come late (the median of a window,
+of requests sent since the last correction) the engine queues, and the bound shrinks by a seventh; while they come in
+time and somebody waits for tokens, it grows by a twentieth (additive increase, multiplicative decrease, as TCP's).
+It never falls below a quarter of what the engine has, so a wrong signal cannot starve the engine.
+
+A request always fits where nothing is in flight. The last `RESERVE` of the bound is for tenants that have less than
+their fair part in flight: whoever sends little does not wait for a slot behind somebody who takes all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+
+# vLLM's own default for most devices.
+DEFAULT_SEQUENCES = 256
+RESERVE = 1 / 64
+# Sequences run for at least so many steps, as far as is counted on.
+LEAST_STEPS = 16.0
+# With fewer slots than these a reserved one would be too much of the whole.
+LEAST_FOR_RESERVE = 64
+GROW, SHRINK = 0.05, 0.85
+LEAST_FACTOR, MOST_FACTOR = 0.25, 4.0
+# A window of first bytes is judged when it has so many, or after so long with a few.
+WINDOW, WINDOW_S, FEW = 16, 2.0, 4
+# First bytes later than this, or than twice the best window of late, mean that the engine queues.
+FIRST_BYTE_S = 2.0
+BEST_WINDOWS = 64
+# With less than this part of its slots in use an engine's delays say nothing of the bound.
+BUSY = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What one replica computes at a time; `kv_tokens` None: not known, or no bound."""
+
+    sequences: int = DEFAULT_SEQUENCES
+    kv_tokens: int | None = None
+
+
+class InFlight:
+    """What is in flight of one model, and whether more may be."""
+
+    def __init__(
+        self, capacity: Capacity, *, per_replica: int | None = None, first_byte_s: float = FIRST_BYTE_S
+    ) -> None:
+        """`per_replica`: exactly so many requests on each, and nothing is corrected."""
+        self._capacity = capacity
+        self._per_replica = per_replica
+        self._first_byte_s = first_byte_s
+        self._replicas = 0
+        self._gateways = 1
+        self._others_tokens = 0.0
+        self._others_sequences = 0.0
+        self._shared = False
+        self._ends_per_step = 0.0
+        self.factor = 1.0
+        self.tokens = 0.0
+        self.sequences = 0
+        self.requests = 0
+        self._tokens_bind = False
+        self._delays_s: list[float] = []
+        self._window_s = 0.0
+        self._corrected_s = 0.0
+        self._best_s: deque[float] = deque(maxlen=BEST_WINDOWS)
+
+    # -- what is known of the engines
+
+    def resize(self, replicas: int) -> None:
+        """Take how many replicas compute."""
+        self._replicas = replicas
+
+    def learn(self, capacity: Capacity) -> None:
+        """Take what an engine says of itself."""
+        self._capacity = capacity
+
+    def turnover(self, output_tokens: float) -> None:
+        """Take how many tokens, and so steps, a sequence runs: in each step so many of all end."""
+        self._ends_per_step = 1 / max(LEAST_STEPS, output_tokens)
+
+    def divide(self, gateways: int) -> None:
+        """Take how many gateways, this one included, give to the same engines."""
+        self._gateways = max(1, gateways)
+
+    def others(self, tokens: float, sequences: float) -> None:
+        """Take what other gateways have in flight: what they leave is ours beyond our own part."""
+        self._shared = True
+        self._others_tokens, self._others_sequences = tokens, sequences
+
+    def alone(self) -> None:
+        """Nothing is known of other gateways any more."""
+        self._shared = False
+
+    # -- requests
+
+    def room(self, tokens: float, sequences: int, *, reserve: bool) -> bool:
+        """Whether a request may be sent; `reserve`: into what is kept for tenants with little in flight."""
+        if not self.requests:
+            return True
+        if self._per_replica is not None:
+            return self.requests < self._per_replica * self._replicas
+        part = 1.0 if reserve else 1.0 - RESERVE
+        if self.sequences + sequences > self.sequences_limit(part):
+            self._tokens_bind = False
+            return False
+        limit = self.tokens_limit(part)
+        # One that is larger than half of the whole does not wait for the engines to run empty.
+        self._tokens_bind = limit is not None and self.tokens + min(tokens, limit / 2) > limit
+        return not self._tokens_bind
+
+    def take(self, tokens: float, sequences: int) -> None:
+        """A request is sent."""
+        self.requests += 1
+        self.tokens += tokens
+        self.sequences += sequences
+
+    def grow(self, tokens: float) -> None:
+        """A request in flight takes more than was expected."""
+        self.tokens += tokens
+
+    def give(self, tokens: float, sequences: int) -> None:
+        """A request has ended; `tokens` is all that it had taken."""
+        self.requests -= 1
+        self.sequences -= sequences
+        # Sums of fractions: nothing in flight is nothing.
+        self.tokens = self.tokens - tokens if self.requests else 0.0
+
+    def sequences_limit(self, part: float = 1.0) -> int:
+        """The most sequences of this gateway; `part` of it where some is kept."""
+        computed = self._capacity.sequences * self._replicas
+        whole = self._own(computed + computed * self._ends_per_step, self._others_sequences)
+        whole *= min(1.0, self.factor)
+        least = self._replicas or 1
+        if whole < LEAST_FOR_RESERVE:
+            return max(least, int(whole))
+        return min(int(whole * part), int(whole) - 1) if part < 1.0 else int(whole)
+
+    def tokens_limit(self, part: float = 1.0) -> float | None:
+        """The most tokens of this gateway; None: unbounded."""
+        kv_tokens = self._capacity.kv_tokens
+        if kv_tokens is None:
+            return None
+        return self._own(kv_tokens * self._replicas, self._others_tokens) * self.factor * part
+
+    def _own(self, whole: float, others: float) -> float:
+        return max(whole / self._gateways, whole - others) if self._shared else whole / self._gateways
+
+    # -- what is seen
+
+    def first_byte(self, sent_s: float, now_s: float, *, somebody_waits: bool) -> None:
+        """A streamed answer has begun; its request was sent at `sent_s`."""
+        if self._per_replica is not None or sent_s < self._corrected_s:
+            return
+        if not self._delays_s:
+            self._window_s = now_s
+        self._delays_s.append(now_s - sent_s)
+        count = len(self._delays_s)
+        if count < WINDOW and (count < FEW or now_s - self._window_s < WINDOW_S):
+            return
+        seen_s = median(self._delays_s)
+        self._delays_s.clear()
+        self._best_s.append(seen_s)
+        if seen_s > max(self._first_byte_s, 2 * min(self._best_s)):
+            # An engine that is slow with little to do is slow for another reason.
+            if self._tokens_bind or self.sequences >= BUSY * self.sequences_limit():
+                self.factor = max(LEAST_FACTOR, self.factor * SHRINK)
+                self._corrected_s = now_s
+        elif somebody_waits and (self.factor < 1.0 or self._tokens_bind):
+            self.factor = min(MOST_FACTOR, self.factor + GROW)

@@ -1,0 +1,205 @@
+"""Quotas counted in Redis, for all gateways: one script, one round trip, atomic.
+
+The rules are `quota_store`'s, in Lua beside the data; the clock is Redis' own, so gateways need not agree on the time.
+What a request holds of `concurrent_requests` is a lease: gateways renew those of running requests, and what a gateway
+that died held is free again after LEASE_S.
+
+Keys, all of a tenant in one slot of a cluster: `galerne:quota:{tenant}:requests` and `:tokens` (hashes, second to
+count), `:leases` (sorted set), `:day:2027-01-31` and `:month:2027-01` (numbers). All expire.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from serving.admission.quota_store import CONCURRENT_WAIT_S, Demand, Verdict, periods, until_next
+from serving.admission.redis_link import RedisLink
+from serving.config import LIMITS
+
+LEASE_S = 60
+DAY_LIFE_S, MONTH_LIFE_S = 3 * 86400, 62 * 86400
+
+_RESERVE: Final = """
+-- KEYS: requests, tokens, leases, day, month. ARGV: limits of requests, tokens, concurrent, day, month (0: none),
+-- tokens asked for, lease, the lease's life in s, the budgets' lives in s
+local t = redis.call('TIME')
+local now = tonumber(t[1])
+local at = now + tonumber(t[2]) / 1e6
+local limit = {}
+for i = 1, 5 do limit[i] = tonumber(ARGV[i]) end
+local asked = tonumber(ARGV[6])
+
+local function window(key, need, most)
+  local rows = redis.call('HGETALL', key)
+  local live, sum, newest = {}, 0, 0
+  for i = 1, #rows, 2 do
+    local second, count = tonumber(rows[i]), tonumber(rows[i + 1])
+    if second <= now - 61 then
+      redis.call('HDEL', key, rows[i])
+    else
+      live[#live + 1] = {second, count}
+      sum = sum + count
+      if second > newest then newest = second end
+    end
+  end
+  local wait = 0
+  if sum + need > most then
+    table.sort(live, function(a, b) return a[1] < b[1] end)
+    wait = -1
+    local left = sum
+    for _, row in ipairs(live) do
+      left = left - row[2]
+      if left + need <= most then wait = row[1] + 61 - at break end
+    end
+  end
+  local reset = 0
+  if newest > 0 then reset = newest + 61 - at end
+  return {sum = sum, full = sum + need > most, wait = wait, reset = reset}
+end
+
+local none = {sum = 0, full = false, wait = 0, reset = 0}
+local requests, tokens = none, none
+if limit[1] > 0 then requests = window(KEYS[1], 1, limit[1]) end
+if limit[2] > 0 then tokens = window(KEYS[2], asked, limit[2]) end
+local running, day, month = 0, 0, 0
+if limit[3] > 0 then
+  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
+  running = redis.call('ZCARD', KEYS[3])
+end
+if limit[4] > 0 then day = tonumber(redis.call('GET', KEYS[4]) or 0) end
+if limit[5] > 0 then month = tonumber(redis.call('GET', KEYS[5]) or 0) end
+
+local refused, wait = 0, 0
+if limit[5] > 0 and month + asked > limit[5] then refused = 5
+elseif limit[4] > 0 and day + asked > limit[4] then refused = 4
+elseif limit[3] > 0 and running >= limit[3] then refused = 3
+elseif requests.full then refused = 1 wait = requests.wait
+elseif tokens.full then refused = 2 wait = tokens.wait
+end
+if refused == 0 then
+  if limit[1] > 0 then
+    redis.call('HINCRBY', KEYS[1], now, 1)
+    redis.call('EXPIRE', KEYS[1], 62)
+    requests.sum = requests.sum + 1
+    requests.reset = now + 61 - at
+  end
+  if limit[2] > 0 then
+    redis.call('HINCRBY', KEYS[2], now, asked)
+    redis.call('EXPIRE', KEYS[2], 62)
+    tokens.sum = tokens.sum + asked
+    tokens.reset = now + 61 - at
+  end
+  if limit[3] > 0 then
+    redis.call('ZADD', KEYS[3], now + tonumber(ARGV[8]), ARGV[7])
+    redis.call('EXPIRE', KEYS[3], ARGV[8])
+    running = running + 1
+  end
+  if limit[4] > 0 then day = redis.call('INCRBY', KEYS[4], asked) redis.call('EXPIRE', KEYS[4], ARGV[9]) end
+  if limit[5] > 0 then month = redis.call('INCRBY', KEYS[5], asked) redis.call('EXPIRE', KEYS[5], ARGV[10]) end
+end
+local function ms(s) if s < 0 then return -1 end return math.ceil(s * 1000) end
+return {refused, ms(wait), requests.sum, ms(requests.reset), tokens.sum, ms(tokens.reset), running, day, month, now}
+"""
+
+_SETTLE: Final = """
+-- KEYS as above. ARGV: 1 for each limit that is set, else 0; lease, second, tokens beyond the estimate, 1 for a refund
+local now = redis.call('TIME')[1]
+local second, beyond = ARGV[7], tonumber(ARGV[8])
+if ARGV[3] == '1' then redis.call('ZREM', KEYS[3], ARGV[6]) end
+if ARGV[9] == '1' and redis.call('HEXISTS', KEYS[1], second) == 1 then redis.call('HINCRBY', KEYS[1], second, -1) end
+if ARGV[2] == '1' then
+  if beyond > 0 then
+    redis.call('HINCRBY', KEYS[2], now, beyond)
+    redis.call('EXPIRE', KEYS[2], 62)
+  elseif beyond < 0 and redis.call('HEXISTS', KEYS[2], second) == 1 then
+    redis.call('HINCRBY', KEYS[2], second, beyond)
+  end
+end
+for i = 4, 5 do
+  if ARGV[i] == '1' and beyond ~= 0 then
+    redis.call('INCRBY', KEYS[i], beyond)
+    redis.call('EXPIRE', KEYS[i], ARGV[6 + i])
+  end
+end
+return 0
+"""
+
+_RENEW: Final = """
+-- KEYS: leases. ARGV: their life in s, then those that run
+local till = tonumber(redis.call('TIME')[1]) + tonumber(ARGV[1])
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', till, ARGV[i]) end
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+return 0
+"""
+
+
+class RedisStore:
+    """Counts in Redis; raises StoreDown while that does not answer."""
+
+    def __init__(self, link: RedisLink, wall_s: Callable[[], float] = time.time) -> None:
+        """`wall_s` says only which day and month it is."""
+        self._link = link
+        self._wall_s = wall_s
+        self._reserve, self._settle, self._renew = (link.redis.register_script(s) for s in (_RESERVE, _SETTLE, _RENEW))
+
+    async def reserve(self, demand: Demand) -> Verdict:
+        """Count a request if every limit has room for it, else count nothing."""
+        now_s = self._wall_s()
+        day, month = periods(now_s)
+        limits = [limit or 0 for limit in demand.quota.by_limit.values()]
+        args = [*limits, demand.tokens, demand.lease, LEASE_S, DAY_LIFE_S, MONTH_LIFE_S]
+        keys = _keys(demand.tenant, day, month)
+        found = await self._link.call(lambda _: self._reserve(keys=keys, args=args))
+        refused, wait_ms, *rest = (int(value) for value in found)
+        requests, requests_ms, tokens, tokens_ms, running, by_day, by_month, second = rest
+        limit = LIMITS[refused - 1] if refused else None
+        wait_s: float | None = None if wait_ms < 0 else wait_ms / 1000
+        if limit == "concurrent":
+            wait_s = CONCURRENT_WAIT_S
+        elif limit in {"day", "month"}:
+            wait_s = until_next(now_s, "day" if limit == "day" else "month")
+        return Verdict(
+            limit,
+            wait_s,
+            requests,
+            requests_ms / 1000,
+            tokens,
+            tokens_ms / 1000,
+            running,
+            by_day,
+            by_month,
+            second,
+            day,
+            month,
+        )
+
+    async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
+        """A request has ended."""
+        flags = [int(limit is not None) for limit in demand.quota.by_limit.values()]
+        beyond = used_tokens - demand.tokens
+        args = [*flags, demand.lease, verdict.second, beyond, int(refund), DAY_LIFE_S, MONTH_LIFE_S]
+        keys = _keys(demand.tenant, verdict.day, verdict.month)
+        await self._link.call(lambda _: self._settle(keys=keys, args=args))
+
+    async def owe(self, demand: Demand, verdict: Verdict, tokens: int) -> None:
+        """Charge budgets what was used while this store was away."""
+        by_budget = (demand.quota.tokens_per_day, demand.quota.tokens_per_month)
+        args: list[Any] = [0, 0, 0, *(int(limit is not None) for limit in by_budget)]
+        args += ["", 0, tokens, 0, DAY_LIFE_S, MONTH_LIFE_S]
+        keys = _keys(demand.tenant, verdict.day, verdict.month)
+        await self._link.call(lambda _: self._settle(keys=keys, args=args))
+
+    async def renew(self, leases: Iterable[tuple[str, list[str]]]) -> None:
+        """Keep what running requests hold: (tenant, its leases)."""
+        for tenant, running in leases:
+            await self._keep(_keys(tenant, "", "")[2], [LEASE_S, *running])
+
+    async def _keep(self, key: str, args: list[Any]) -> None:
+        await self._link.call(lambda _: self._renew(keys=[key], args=args))
+
+
+def _keys(tenant: str, day: str, month: str) -> list[Any]:
+    start = f"galerne:quota:{{{tenant}}}:"
+    return [start + name for name in ("requests", "tokens", "leases", f"day:{day}", f"month:{month}")]

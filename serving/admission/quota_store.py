@@ -1,0 +1,286 @@
+"""Quotas counted in this process: sliding windows of a minute, requests at once, budgets of days and months.
+
+A window is 61 buckets of a second, the present one included, so a request counts for 60 to 61 seconds: in no 60
+seconds is more let through than the limit, and less than 2% of it is lost to the rounding. A reservation is one step
+without an await: however many come at once, the limit is exact.
+
+Tokens are reserved by estimate and settled by use. What was reserved too much goes back into the second it was taken
+from; what was used beyond is charged to the second in which that is known. So the only slack is what running requests
+use beyond their estimates, and it is paid back within the minute. Budgets are of calendar days and months in UTC.
+
+Memory: 122 numbers, two budgets and the running requests of each tenant with a quota.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal, Protocol
+
+import structlog
+
+from serving.config import Limit, QuotaConfig
+from serving.errors import ConfigError
+
+log = structlog.get_logger("galerne.quotas")
+
+WINDOW_S = 61
+# A budget's file is written at most so often: so much use a crash may forget.
+SAVE_EVERY_S = 2.0
+# Who is over `concurrent` tries again after so long; nobody knows when a request ends.
+CONCURRENT_WAIT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a request asks for: `lease` names it among those running, `tokens` is an estimate."""
+
+    tenant: str
+    quota: QuotaConfig
+    lease: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a request may go, and where its tenant stands with it.
+
+    `refused`: the limit that stands in the way. `wait_s`: until it could fit; None: it never will, it is larger than
+    the limit. `second`: the bucket it was counted in. `day`, `month`: which budgets. Of limits that are not set the
+    numbers are 0.
+    """
+
+    refused: Limit | None
+    wait_s: float | None
+    requests_used: int
+    requests_reset_s: float
+    tokens_used: int
+    tokens_reset_s: float
+    concurrent: int
+    day_used: int
+    month_used: int
+    second: int
+    day: str
+    month: str
+
+    @property
+    def used(self) -> dict[Limit, int]:
+        """Of each limit, how much is used."""
+        return {
+            "requests": self.requests_used,
+            "tokens": self.tokens_used,
+            "concurrent": self.concurrent,
+            "day": self.day_used,
+            "month": self.month_used,
+        }
+
+
+class QuotaStore(Protocol):
+    """Where quotas are counted."""
+
+    async def reserve(self, demand: Demand) -> Verdict:
+        """Count a request if every limit has room for it, else count nothing; StoreDown where the store is away."""
+
+    async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
+        """A request has ended; `refund`: it is to count as none. StoreDown where the store is away."""
+
+
+class StoreDown(Exception):
+    """The store of quotas does not answer."""
+
+
+class Window:
+    """Sixty seconds of counts."""
+
+    __slots__ = ("_rows", "total")
+
+    def __init__(self) -> None:
+        # [second, count], oldest first.
+        self._rows: deque[list[int]] = deque()
+        self.total = 0
+
+    def advance(self, second: int) -> None:
+        """Forget what is older than a minute."""
+        while self._rows and self._rows[0][0] <= second - WINDOW_S:
+            self.total -= self._rows.popleft()[1]
+
+    def add(self, second: int, count: int) -> None:
+        """Count in the present second."""
+        if self._rows and self._rows[-1][0] >= second:
+            self._rows[-1][1] += count
+        else:
+            self._rows.append([second, count])
+        self.total += count
+
+    def give_back(self, second: int, count: int) -> None:
+        """Take a count out of the second it was counted in, if that is remembered."""
+        for row in reversed(self._rows):
+            if row[0] == second:
+                row[1] -= count
+                self.total -= count
+                return
+
+    def wait_s(self, now_s: float, count: int, limit: int) -> float | None:
+        """Until there is room; None: there never is."""
+        left = self.total
+        for second, counted in self._rows:
+            left -= counted
+            if left + count <= limit:
+                return second + WINDOW_S - now_s
+        return None
+
+    def reset_s(self, now_s: float) -> float:
+        """Until nothing of the present counts is left."""
+        return self._rows[-1][0] + WINDOW_S - now_s if self._rows else 0.0
+
+
+@dataclass(slots=True)
+class _Tenant:
+    requests: Window = field(default_factory=Window)
+    tokens: Window = field(default_factory=Window)
+    leases: set[str] = field(default_factory=set)
+    # By calendar day or month; the present one and the one before.
+    budgets: dict[str, int] = field(default_factory=dict)
+
+
+class MemoryStore:
+    """Counts in this process; `file` keeps the budgets across restarts."""
+
+    def __init__(self, wall_s: Callable[[], float], file: Path | None = None) -> None:
+        """`wall_s`: seconds since the epoch."""
+        self._wall_s = wall_s
+        self._file = file
+        self._saved_s = 0.0
+        self._dirty = False
+        self._tenants: dict[str, _Tenant] = {}
+        if file is not None:
+            for tenant, budgets in _read(file).items():
+                self._tenants[tenant] = _Tenant(budgets=budgets)
+
+    async def reserve(self, demand: Demand) -> Verdict:
+        """Count a request if every limit has room for it, else count nothing."""
+        now_s, quota = self._wall_s(), demand.quota
+        second = int(now_s)
+        day, month = periods(now_s)
+        counted = self._tenants.setdefault(demand.tenant, _Tenant())
+        counted.requests.advance(second)
+        counted.tokens.advance(second)
+        refused, wait_s = self._judge(counted, demand, now_s, day, month)
+        if refused is None:
+            if quota.requests_per_minute is not None:
+                counted.requests.add(second, 1)
+            if quota.tokens_per_minute is not None:
+                counted.tokens.add(second, demand.tokens)
+            if quota.concurrent_requests is not None:
+                counted.leases.add(demand.lease)
+            self._spend(demand.tenant, demand, day, month, demand.tokens)
+        return Verdict(
+            refused,
+            wait_s,
+            counted.requests.total,
+            counted.requests.reset_s(now_s),
+            counted.tokens.total,
+            counted.tokens.reset_s(now_s),
+            len(counted.leases),
+            counted.budgets.get(day, 0),
+            counted.budgets.get(month, 0),
+            second,
+            day,
+            month,
+        )
+
+    async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
+        """A request has ended."""
+        counted = self._tenants.get(demand.tenant)
+        if counted is None:
+            return
+        counted.leases.discard(demand.lease)
+        if refund:
+            counted.requests.give_back(verdict.second, 1)
+        beyond = used_tokens - demand.tokens
+        if demand.quota.tokens_per_minute is not None:
+            if beyond > 0:
+                counted.tokens.add(int(self._wall_s()), beyond)
+            elif beyond:
+                counted.tokens.give_back(verdict.second, -beyond)
+        self._spend(demand.tenant, demand, verdict.day, verdict.month, beyond)
+
+    def save(self) -> None:
+        """Write the budgets where they have changed. A disk in trouble stops no request; it is logged."""
+        if self._file is None or not self._dirty:
+            return
+        self._saved_s, self._dirty = self._wall_s(), False
+        try:
+            _replace(self._file, {t: c.budgets for t, c in self._tenants.items() if c.budgets})
+        except OSError as error:
+            log.warning("budgets are not written: a restart forgets them", reason=error.strerror)
+
+    def _judge(
+        self, counted: _Tenant, demand: Demand, now_s: float, day: str, month: str
+    ) -> tuple[Limit | None, float | None]:
+        quota, tokens = demand.quota, demand.tokens
+        if quota.tokens_per_month is not None and counted.budgets.get(month, 0) + tokens > quota.tokens_per_month:
+            return "month", until_next(now_s, "month")
+        if quota.tokens_per_day is not None and counted.budgets.get(day, 0) + tokens > quota.tokens_per_day:
+            return "day", until_next(now_s, "day")
+        if quota.concurrent_requests is not None and len(counted.leases) >= quota.concurrent_requests:
+            return "concurrent", CONCURRENT_WAIT_S
+        limit = quota.requests_per_minute
+        if limit is not None and counted.requests.total + 1 > limit:
+            return "requests", counted.requests.wait_s(now_s, 1, limit)
+        limit = quota.tokens_per_minute
+        if limit is not None and counted.tokens.total + tokens > limit:
+            return "tokens", counted.tokens.wait_s(now_s, tokens, limit)
+        return None, 0.0
+
+    def _spend(self, tenant: str, demand: Demand, day: str, month: str, tokens: int) -> None:
+        budgets = self._tenants[tenant].budgets
+        for set_, period in ((demand.quota.tokens_per_day, day), (demand.quota.tokens_per_month, month)):
+            if set_ is not None:
+                budgets[period] = budgets.get(period, 0) + tokens
+        for length in (len(day), len(month)):
+            # Of those before the last two nobody asks again.
+            for old in sorted(period for period in budgets if len(period) == length)[:-2]:
+                del budgets[old]
+        self._dirty = True
+        if self._wall_s() - self._saved_s >= SAVE_EVERY_S:
+            self.save()
+
+
+def periods(now_s: float) -> tuple[str, str]:
+    """The calendar day and month of a time, UTC: `2027-01-31`, `2027-01`."""
+    day = datetime.fromtimestamp(now_s, UTC).date().isoformat()
+    return day, day[:7]
+
+
+def until_next(now_s: float, period: Literal["day", "month"]) -> float:
+    """Seconds until the next day or month begins, UTC."""
+    now = datetime.fromtimestamp(now_s, UTC)
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    if period == "day":
+        following = midnight + timedelta(days=1)
+    else:
+        following = (midnight.replace(day=1) + timedelta(days=32)).replace(day=1)
+    return (following - now).total_seconds()
+
+
+def _read(file: Path) -> dict[str, dict[str, int]]:
+    try:
+        found = json.loads(file.read_text())
+        return {str(t): {str(p): int(n) for p, n in budgets.items()} for t, budgets in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError):
+        # To go on without would give every tenant its whole budget again.
+        raise ConfigError((f"{file}: it holds no budgets that can be read; put it right, or remove it",)) from None
+
+
+def _replace(file: Path, content: object) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(file)

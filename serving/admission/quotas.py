@@ -1,0 +1,326 @@
+"""Whether a tenant may use more now: admits a request against its limits, and settles what it really used.
+
+Promises: no limit is passed by more than what running requests use beyond their estimates; a request that no engine
+answered for the cluster's own reasons costs nothing; a tenant without limits pays one look-up. While a shared store
+does not answer, what happens is the operator's choice (`limits_on_outage`), requests do not wait for it again and
+again, and what was used meanwhile is charged to the budgets once it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import structlog
+
+from serving.admission.estimates import Cost
+from serving.admission.quota_redis import LEASE_S, RedisStore
+from serving.admission.quota_store import Demand, MemoryStore, QuotaStore, StoreDown, Verdict
+from serving.admission.redis_link import RedisLink
+from serving.admission.ticket import Ticket, Work
+from serving.config import MEMORY, GalerneConfig, Limit, OnOutage, QuotaConfig, TenantConfig
+from serving.errors import QuotaExceeded, RateLimited, TokensLimited, Unavailable
+
+OUTAGE_RETRY_S = 5
+REFUSED = 400
+# While the store is away it is looked for so often; while it answers, leases are renewed and budgets written.
+LOOK_EVERY_S = 1.0
+RENEW_EVERY_S = LEASE_S / 4
+Headers = list[tuple[bytes, bytes]]
+
+log = structlog.get_logger("galerne.quotas")
+
+_WORDS: dict[Limit, str] = {
+    "requests": "requests per minute",
+    "tokens": "tokens per minute",
+    "concurrent": "concurrent requests",
+    "day": "tokens per day (UTC)",
+    "month": "tokens per month (UTC)",
+}
+
+
+class QuotaMetrics(Protocol):
+    """What is told of quotas."""
+
+    def quota_refused(self, tenant: str, limit: str) -> None:
+        """A request was refused by a limit: requests, tokens, concurrent, day, month, or store."""
+
+    def quota_used(self, tenant: str, limit: str, part: float) -> None:
+        """How much of a limit is used, 1: all of it."""
+
+
+class StoreMetrics(QuotaMetrics, Protocol):
+    """What is told of quotas and of their store."""
+
+    def limits_store(self, *, up: bool) -> None:
+        """Whether the store of limits answers."""
+
+
+class Ended(Work, Protocol):
+    """What is read of a request that has ended."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def ticket(self) -> Ticket | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a request was admitted with."""
+
+    demand: Demand
+    verdict: Verdict
+    store: QuotaStore
+
+
+class Quotas:
+    """The limits of all tenants of a gateway. Used from one event loop only."""
+
+    def __init__(
+        self,
+        tenants: Iterable[TenantConfig],
+        memory: MemoryStore,
+        link: RedisLink | None = None,
+        *,
+        on_outage: OnOutage = "local",
+        metrics: QuotaMetrics,
+    ) -> None:
+        """`memory` counts where there is no `link`, and in an outage of it with `on_outage` local."""
+        self._memory = memory
+        self._link = link
+        self._shared = None if link is None else RedisStore(link)
+        self._on_outage = on_outage
+        self._metrics = metrics
+        self._limited: dict[str, QuotaConfig] = {}
+        self._gateways = 1
+        # By tenant, the leases of running requests.
+        self._running: dict[str, set[str]] = {}
+        # Tokens used during an outage, to be charged to budgets after it; one demand a tenant.
+        self._owed: dict[str, tuple[Charge, int]] = {}
+        self._settling: set[asyncio.Task[None]] = set()
+        self.update(tenants)
+
+    def update(self, tenants: Iterable[TenantConfig]) -> None:
+        """Take the tenants' limits, now or after a reload; running requests are settled by what they came with."""
+        self._limited = {tenant.id: tenant.quota for tenant in tenants if tenant.quota.limited}
+
+    def divide(self, gateways: int) -> None:
+        """Take how many gateways there are: each one's part of the limits in an outage of the shared store."""
+        self._gateways = max(1, gateways)
+
+    @property
+    def link(self) -> RedisLink | None:
+        """The store that gateways share, where they do."""
+        return self._link
+
+    def __contains__(self, tenant: str) -> bool:
+        return tenant in self._limited
+
+    async def admit(self, tenant: str, model: str, lease: str, cost: Cost, headers: Headers) -> Charge | None:
+        """Reserve what a request is expected to use; None where nothing is counted.
+
+        Adds OpenAI's x-ratelimit headers to `headers`, of a refusal too. Raises RateLimited, TokensLimited or
+        QuotaExceeded beyond a limit, Unavailable in an outage with `closed`.
+        """
+        quota = self._limited.get(tenant)
+        if quota is None:
+            return None
+        demand = Demand(tenant, quota, lease, math.ceil(cost.input_tokens + cost.output_tokens))
+        charge = await self._reserve(demand)
+        if charge is None:
+            return None
+        quota, verdict = charge.demand.quota, charge.verdict
+        self._show(tenant, quota, verdict)
+        headers += headers_of(quota, verdict)
+        if verdict.refused is not None:
+            self._metrics.quota_refused(tenant, verdict.refused)
+            if verdict.wait_s is None or verdict.refused in {"day", "month"}:
+                # OpenAI's clients repeat a 429 by themselves; these will be refused again.
+                headers.append((b"x-should-retry", b"false"))
+            raise refusal(charge.demand, verdict, model)
+        self._running.setdefault(tenant, set()).add(lease)
+        return charge
+
+    def settle(self, charge: Charge, work: Ended, cost: Cost) -> None:
+        """A request has ended: charge what it used. Returns at once; a shared store is told in the background."""
+        running = self._running.get(charge.demand.tenant)
+        if running is not None:
+            running.discard(charge.demand.lease)
+        used, refund = used_tokens(work, cost), work.outcome in {"rejected", "failed"} and not work.client_left
+        task = asyncio.get_running_loop().create_task(self._settle(charge, used, refund=refund))
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    async def settled(self) -> None:
+        """Return when all that has ended is charged."""
+        while self._settling:
+            await asyncio.wait(self._settling)
+
+    async def watch(self, sleep: Callable[[float], Awaitable[None]]) -> None:
+        """For ever: look for a store that is away, renew leases, write budgets."""
+        waited_s = 0.0
+        while True:
+            await sleep(LOOK_EVERY_S)
+            waited_s += LOOK_EVERY_S
+            try:
+                await self._look(renew=waited_s >= RENEW_EVERY_S)
+            except Exception:
+                log.exception("looking after the store of limits failed")
+            if waited_s >= RENEW_EVERY_S:
+                waited_s = 0.0
+
+    def close(self) -> None:
+        """Write what is kept in this process."""
+        self._memory.save()
+
+    # --
+
+    async def _reserve(self, demand: Demand) -> Charge | None:
+        if self._shared is None:
+            return Charge(demand, await self._memory.reserve(demand), self._memory)
+        with suppress(StoreDown):
+            return Charge(demand, await self._shared.reserve(demand), self._shared)
+        if self._on_outage == "open":
+            return None
+        if self._on_outage == "closed":
+            self._metrics.quota_refused(demand.tenant, "store")
+            raise Unavailable(
+                "Usage limits cannot be checked at the moment. Try again shortly.",
+                code="limits_unavailable",
+                retry_after_s=OUTAGE_RETRY_S,
+            )
+        own = Demand(demand.tenant, part_of(demand.quota, self._gateways), demand.lease, demand.tokens)
+        return Charge(own, await self._memory.reserve(own), self._memory)
+
+    async def _settle(self, charge: Charge, used: int, *, refund: bool) -> None:
+        demand, verdict = charge.demand, charge.verdict
+        if charge.store is self._memory:
+            await self._memory.settle(demand, verdict, used, refund=refund)
+            if self._shared is None:
+                return
+            beyond = used
+        else:
+            with suppress(StoreDown):
+                await charge.store.settle(demand, verdict, used, refund=refund)
+                return
+            beyond = used - demand.tokens
+        _, owed = self._owed.get(demand.tenant, (charge, 0))
+        self._owed[demand.tenant] = charge, owed + beyond
+
+    async def _look(self, *, renew: bool) -> None:
+        self._memory.save()
+        if self._link is None or self._shared is None:
+            return
+        if not await self._link.probe():
+            return
+        with suppress(StoreDown):
+            while self._owed:
+                tenant, (charge, tokens) = next(iter(self._owed.items()))
+                await self._shared.owe(charge.demand, charge.verdict, tokens)
+                del self._owed[tenant]
+            if renew:
+                await self._shared.renew([(t, list(leases)) for t, leases in self._running.items() if leases])
+
+    def _show(self, tenant: str, quota: QuotaConfig, verdict: Verdict) -> None:
+        for limit, used, most in _uses(quota, verdict):
+            self._metrics.quota_used(tenant, limit, used / most)
+
+
+def _uses(quota: QuotaConfig, verdict: Verdict) -> Iterable[tuple[Limit, int, int]]:
+    """Of each limit that is set: how much is used, and how much there is."""
+    used = verdict.used
+    return ((limit, used[limit], most) for limit, most in quota.by_limit.items() if most is not None)
+
+
+def part_of(quota: QuotaConfig, gateways: int) -> QuotaConfig:
+    """One gateway's part of a tenant's limits; never nothing."""
+    return QuotaConfig(**{name: None if most is None else max(1, most // gateways) for name, most in quota})
+
+
+def used_tokens(work: Ended, cost: Cost) -> int:
+    """What a request has really used: as the engine counted, or by what came of it."""
+    if not work.client_left and (work.first_byte_s is None or work.status >= REFUSED):
+        return 0
+    if work.usage is not None:
+        return work.usage.prompt_tokens + work.usage.completion_tokens
+    if not work.computes:
+        return 0
+    if work.first_byte_s is None:
+        # An engine may have read the prompt of a client that left meanwhile.
+        sent = work.ticket is not None and work.ticket.released
+        return math.ceil(cost.input_tokens) if work.client_left and sent else 0
+    return math.ceil(cost.input_tokens + (work.later_events + 1 if work.stream else cost.output_tokens))
+
+
+def refusal(demand: Demand, verdict: Verdict, model: str) -> RateLimited:
+    """The answer beyond a limit, in OpenAI's words and codes."""
+    limit = verdict.refused or "requests"
+    most, used = demand.quota.by_limit[limit], verdict.used[limit]
+    words = _WORDS[limit]
+    if limit in {"day", "month"}:
+        return QuotaExceeded(
+            f"You exceeded your current quota: limit {most} {words}, used {used}, requested {demand.tokens}.",
+            retry_after_s=_seconds(verdict.wait_s),
+        )
+    kind = TokensLimited if limit == "tokens" else RateLimited
+    if verdict.wait_s is None:
+        return kind(
+            f"Request too large for '{model}' on {words}: limit {most}, requested {demand.tokens}. "
+            "Send a shorter prompt or a smaller max_tokens.",
+        )
+    asked = demand.tokens if limit == "tokens" else 1
+    seconds = _seconds(verdict.wait_s)
+    return kind(
+        f"Rate limit reached for '{model}' on {words}: limit {most}, used {used}, requested {asked}. "
+        f"Please try again in {seconds}s.",
+        retry_after_s=seconds,
+    )
+
+
+def headers_of(quota: QuotaConfig, verdict: Verdict) -> Headers:
+    """OpenAI's headers of the limits of a minute that are set."""
+    found: Headers = []
+    for name, most, used, reset_s in (
+        (b"requests", quota.requests_per_minute, verdict.requests_used, verdict.requests_reset_s),
+        (b"tokens", quota.tokens_per_minute, verdict.tokens_used, verdict.tokens_reset_s),
+    ):
+        if most is not None:
+            found += [
+                (b"x-ratelimit-limit-" + name, b"%d" % most),
+                (b"x-ratelimit-remaining-" + name, b"%d" % max(0, most - used)),
+                (b"x-ratelimit-reset-" + name, duration(reset_s).encode()),
+            ]
+    return found
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI writes it: 20ms, 7.66s, 1m0s."""
+    if seconds <= 0:
+        return "0s"
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms"
+    minutes, rest = divmod(round(seconds, 3), 60)
+    return f"{int(minutes)}m{rest:.3g}s" if minutes else f"{rest:.4g}s"
+
+
+def _seconds(wait_s: float | None) -> int:
+    return max(1, math.ceil(wait_s or 0.0))
+
+
+def of(config: GalerneConfig, metrics: StoreMetrics, file: Path | None) -> Quotas:
+    """The quotas of a configuration; `file` keeps budgets where no shared store and no file of its own is named."""
+    parts = urlsplit(config.limits_store)
+    metrics.limits_store(up=True)
+    if parts.scheme == MEMORY:
+        memory = MemoryStore(time.time, Path(parts.path) if parts.path.strip("/") else file)
+        return Quotas(config.tenants, memory, metrics=metrics)
+    link = RedisLink(config.limits_store, lambda up: metrics.limits_store(up=up))
+    return Quotas(config.tenants, MemoryStore(time.time), link, on_outage=config.limits_on_outage, metrics=metrics)

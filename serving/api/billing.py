@@ -1,0 +1,191 @@
+"""From a request's end to its row in the ledger: every accepted request has exactly one.
+
+Where an answer said what it used, its row is made at once. Where it broke off (the client left, the engine's
+connection broke) the engine still knows: it is asked, for at most half a flush of the ledger, and what it says is
+exact. Only where it cannot tell, because it died or there are too many to ask for, the row is a guess and says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, Protocol
+
+import msgspec
+
+from serving.api.body import ClientLeft
+from serving.api.relay import Exchange
+from serving.api.upstream import Pool, UpstreamError
+from serving.engine.work import ACCOUNTS
+from serving.errors import RequestError
+from serving.metering.best_known import best_known
+from serving.metering.row import Row
+from serving.metering.usage import Usage
+
+FIRST_PAUSE_S: Final = 0.02
+# Questions under way; beyond it rows are guesses.
+MOST_QUESTIONS: Final = 2048
+MOST_ANSWER_BYTES: Final = 4096
+OK: Final = 200
+
+
+class _Account(msgspec.Struct):
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    counted_prompt_tokens: int
+    final: bool
+
+
+_account = msgspec.json.Decoder(_Account)
+
+
+class Rows(Protocol):
+    """The ledger, as far as rows go."""
+
+    @property
+    def gateway_id(self) -> str: ...
+    @property
+    def flush_s(self) -> float: ...
+
+    def record(self, row: Row) -> None:
+        """Take one row; returns at once."""
+
+
+class Billing:
+    """Makes rows; one per gateway process, on its event loop."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        pool: Pool,
+        *,
+        engine_token: str,
+        clock: Callable[[], float],
+        now: Callable[[], float] = time.time,
+        on_row: Callable[[Row], None] = lambda _: None,
+    ) -> None:
+        """`now`: seconds since 1970; `on_row` hears of every row too."""
+        self._rows = rows
+        self._pool = pool
+        self._token = engine_token
+        self._clock = clock
+        self._now = now
+        self._on_row = on_row
+        self._number = 0
+        self._asking: dict[asyncio.Task[None], Callable[[], None]] = {}
+
+    @contextmanager
+    def request(self, exchange: Exchange) -> Iterator[None]:
+        """Around a relayed request: one row, however it ends."""
+        started_at = self._now()
+        status: int | None = None
+        try:
+            yield
+        except RequestError as error:
+            status = error.status
+            raise
+        except ClientLeft:
+            status = ClientLeft.status
+            raise
+        finally:
+            self._ended(exchange, status or exchange.status or RequestError.status, started_at)
+
+    def close(self) -> None:
+        """Make the rows that still wait for an engine's word: guesses."""
+        for task, guess in list(self._asking.items()):
+            task.cancel()
+            guess()
+        self._asking.clear()
+
+    def _ended(self, exchange: Exchange, status: int, started_at: float) -> None:
+        ended_s = self._clock()
+        self._number += 1
+        row_id = f"{self._rows.gateway_id}-{self._number:x}"
+        if exchange.usage is None:  # it never came as far as the relay
+            exchange.usage, exchange.usage_exact = best_known(exchange)
+
+        def record(usage: Usage, counted_prompt_tokens: int, *, exact: bool) -> None:
+            row = _row(exchange, row_id, self._rows.gateway_id, status, started_at, ended_s, usage)
+            row = msgspec.structs.replace(row, counted_prompt_tokens=counted_prompt_tokens, exact=exact)
+            self._rows.record(row)
+            self._on_row(row)
+
+        usage, n = exchange.usage, 1 if exchange.facts is None else exchange.facts.n
+        guessed = usage.prompt_tokens * n
+        if exchange.usage_exact or exchange.engine is None or len(self._asking) >= MOST_QUESTIONS:
+            record(usage, guessed, exact=exchange.usage_exact)
+            return
+        task = asyncio.get_running_loop().create_task(self._ask(exchange, record))
+        self._asking[task] = lambda: record(usage, guessed, exact=False)
+        task.add_done_callback(self._asked)
+
+    def _asked(self, task: asyncio.Task[None]) -> None:
+        guess = self._asking.pop(task, None)
+        # Cancelled by somebody else, or failed on something that is not the engine's fault: never without a row.
+        if guess is not None and (task.cancelled() or task.exception() is not None):
+            guess()
+
+    async def _ask(self, exchange: Exchange, record: Callable[..., None]) -> None:
+        """Ask until the engine says that nothing will be added."""
+        told: _Account | None = None
+        pause_s = FIRST_PAUSE_S
+        try:
+            async with asyncio.timeout(self._rows.flush_s / 2):
+                while told is None or not told.final:
+                    found = await self._account(exchange)
+                    if found is None:
+                        break
+                    told = found
+                    if not told.final:
+                        await asyncio.sleep(pause_s)
+                        pause_s *= 2
+        except (TimeoutError, UpstreamError):
+            pass
+        if told is None:
+            usage = exchange.usage or best_known(exchange)[0]
+            n = 1 if exchange.facts is None else exchange.facts.n
+            record(usage, usage.prompt_tokens * n, exact=False)
+            return
+        usage = Usage(told.prompt_tokens, told.completion_tokens, told.cached_tokens)
+        record(usage, told.counted_prompt_tokens, exact=told.final)
+
+    async def _account(self, exchange: Exchange) -> _Account | None:
+        """What the engine says of a request; None where it knows nothing of it."""
+        if exchange.engine is None:
+            return None
+        path = f"{ACCOUNTS}/{exchange.engine_request_id}"
+        status, body = await self._pool.get(exchange.engine, path, self._token, most_bytes=MOST_ANSWER_BYTES)
+        try:
+            return _account.decode(body) if status == OK else None
+        except msgspec.DecodeError:
+            return None
+
+
+def _row(
+    exchange: Exchange, row_id: str, gateway_id: str, status: int, started_at: float, ended_s: float, usage: Usage
+) -> Row:
+    first_s = exchange.first_byte_s
+    return Row(
+        id=row_id,
+        request_id=exchange.request_id,
+        tenant=exchange.tenant,
+        key_id=exchange.key_id,
+        model=exchange.named,
+        route=exchange.path,
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        counted_prompt_tokens=0,
+        exact=False,
+        status=status,
+        outcome=exchange.result,
+        stream=exchange.stream,
+        started_at=started_at,
+        ttft_s=None if first_s is None else first_s - exchange.started_s,
+        duration_s=ended_s - exchange.started_s,
+        gateway_id=gateway_id,
+        engine="" if exchange.engine is None else exchange.engine.replica_id,
+    )

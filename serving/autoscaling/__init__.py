@@ -1,0 +1,1 @@
+"""How many replicas a model needs: signals, a pure policy, and the replay of both on recorded traces."""

@@ -1,0 +1,259 @@
+"""`galerne usage`: what was used, by whom; `galerne usage reconcile`: whether the engines agree."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, date, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from serving.cli import state
+from serving.cluster.edge import ENGINE_TOKEN_HEADER
+from serving.config import ENV_LEDGER_DIR, LedgerConfig
+from serving.config_file import load
+from serving.engine.work import ACCOUNTS
+from serving.errors import ClusterError
+from serving.metering.reconcile import Evidence, Tokens, Verdict, counters, verdict
+from serving.metering.settings import LedgerSettings, settings
+from serving.metering.spill import Spill
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
+app = typer.Typer(help="What tenants used, from the ledger; and whether the engines' counters agree.")
+
+ENGINE_TIMEOUT_S = 10.0
+# A row is in the database a moment after its request has ended.
+SETTLE_S = 10.0
+POLL_S = 0.5
+SHOWN = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "estimated")
+
+
+class By(StrEnum):
+    """What sums are grouped by."""
+
+    DAY = "day"
+    TENANT = "tenant"
+    MODEL = "model"
+    KEY = "key"
+    ROUTE = "route"
+    OUTCOME = "outcome"
+
+
+class Format(StrEnum):
+    """How sums are printed."""
+
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+
+
+PortOption = Annotated[int, typer.Option(help="Port of the cluster on this machine whose ledger it is.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="Configuration file that names the ledger (or set GALERNE_LEDGER_URL).")
+]
+MOMENTS = "a day (2026-11-01) or a moment (2026-11-01T12:00:00+01:00); UTC where it has no zone"
+
+
+@app.callback(invoke_without_command=True)
+def usage(
+    context: typer.Context,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant.")] = None,
+    since: Annotated[str | None, typer.Option("--from", help=f"Requests that began at or after: {MOMENTS}.")] = None,
+    until: Annotated[str | None, typer.Option("--to", help=f"Requests that began before: {MOMENTS}.")] = None,
+    by: Annotated[list[By] | None, typer.Option(help="Group by it; may stand several times.")] = None,
+    shape: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,
+    port: PortOption = 8000,
+    config: ConfigOption = None,
+) -> None:
+    """Sums of the ledger: requests, tokens of prompts (cached ones among them) and answers."""
+    if context.invoked_subcommand is not None:
+        return
+    columns = [{By.KEY: "key_id"}.get(name, name.value) for name in by or [By.TENANT, By.MODEL]]
+    with _ledger(_settings(config, port)) as connection:
+        from serving.metering import store
+
+        rows = store.totals(connection, columns, tenant=tenant, since=_moment(since), until=_moment(until))
+    _print(columns, rows, shape)
+
+
+@app.command()
+def reconcile(
+    port: PortOption = 8000,
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the balances as JSON.")] = False,
+) -> None:
+    """Hold the ledger against the running engines' counters of tokens, since each became ready.
+
+    Status 0: every token has its row or another cause. Status 1: some are unexplained.
+    """
+    directory = state.state_dir(port)
+    cluster = state.read(directory)
+    told = _settings(config, port)
+    deadline_s = time.monotonic() + SETTLE_S
+    while True:
+        try:
+            verdicts = _verdicts(cluster, told)
+        except ClusterError:  # a cluster this young has no ledger yet
+            if time.monotonic() > deadline_s:
+                raise
+        else:
+            if all(v.unexplained == Tokens() for v in verdicts) or time.monotonic() > deadline_s:
+                break
+        time.sleep(POLL_S)
+    if as_json:
+        print(json.dumps([_document(v) for v in verdicts], indent=1))
+    else:
+        _balances(verdicts)
+    if not all(v.balanced for v in verdicts):
+        raise typer.Exit(1)
+
+
+def _verdicts(cluster: Mapping[str, Any], told: LedgerSettings) -> list[Verdict]:
+    engines = [engine for replicas in cluster["engines"].values() for engine in replicas]
+    # The spill before the database: a row on its way is seen at least once, and told apart by its id.
+    spill = Spill(told.spill_dir)
+    waiting = {row.id: row for batch in spill.batches() for row in spill.read(batch) or ()}
+    read = {engine["replica_id"]: _engine(engine, cluster["engine_token"]) for engine in engines}
+    with _ledger(told) as connection:
+        from serving.metering import store
+
+        written = store.known(connection, list(waiting))
+        sums = {found["engine"]: found for found in store.totals(connection, ["engine"])}
+    verdicts = []
+    for name, (counted, others, under_way) in read.items():
+        own = [row for row in waiting.values() if row.engine == name and row.id not in written]
+        total = sums.get(name, {})
+        billed = Tokens(int(total.get("prompt_tokens", 0)), int(total.get("completion_tokens", 0)))
+        evidence = Evidence(
+            engine=name,
+            counted=counted,
+            ledger=billed,
+            repeated=Tokens(int(total.get("counted_prompt_tokens", 0)) - billed.prompt),
+            waiting=Tokens(sum(r.counted_prompt_tokens for r in own), sum(r.completion_tokens for r in own)),
+            others=others,
+            under_way=under_way,
+            guesses=int(total.get("estimated", 0)) + sum(not r.exact for r in own),
+        )
+        verdicts.append(verdict(evidence))
+    return verdicts
+
+
+def _engine(engine: Mapping[str, Any], token: str) -> tuple[Tokens, Tokens, Tokens]:
+    host = f"[{engine['host']}]" if ":" in engine["host"] else engine["host"]
+    url = f"http://{host}:{engine['port']}"
+    account = json.loads(_get(f"{url}{ACCOUNTS}", token))
+    counted = counters(_get(f"{url}/metrics", token).decode())
+    return counted, _tokens(account["others"]), _tokens(account["under_way"])
+
+
+def _tokens(account: Mapping[str, Any]) -> Tokens:
+    return Tokens(int(account["counted_prompt_tokens"]), int(account["completion_tokens"]))
+
+
+def _get(url: str, token: str) -> bytes:
+    request = urllib.request.Request(url, headers={ENGINE_TOKEN_HEADER: token})  # noqa: S310 - an engine of our own
+    try:
+        with urllib.request.urlopen(request, timeout=ENGINE_TIMEOUT_S) as answer:  # noqa: S310
+            body: bytes = answer.read()
+            return body
+    except OSError as error:
+        raise ClusterError(f"an engine does not answer at {url}: {error}") from None
+
+
+def _document(found: Verdict) -> dict[str, Any]:
+    e = found.evidence
+    parts = {
+        "engine_counted": e.counted,
+        "ledger": e.ledger,
+        "prompt_of_further_answers": e.repeated,
+        "not_yet_in_the_database": e.waiting,
+        "not_through_a_gateway": e.others,
+        "under_way": e.under_way,
+        "unexplained": found.unexplained,
+    }
+    shown: dict[str, Any] = {k: {"prompt": v.prompt, "completion": v.completion} for k, v in parts.items()}
+    return {"engine": e.engine, **shown, "guessed_rows": e.guesses, "balanced": found.balanced}
+
+
+def _balances(verdicts: Sequence[Verdict]) -> None:
+    for found in verdicts:
+        document = _document(found)
+        table = Table(title=f"engine {document.pop('engine')}", title_justify="left")
+        for name in ("tokens", "prompt", "completion"):
+            table.add_column(name, justify="left" if name == "tokens" else "right")
+        guesses, balanced = document.pop("guessed_rows"), document.pop("balanced")
+        for name, value in document.items():
+            table.add_row(name.replace("_", " "), str(value["prompt"]), str(value["completion"]))
+        Console().print(table)
+        if guesses:
+            Console().print(f"{guesses} rows are guesses: their engine did not answer when their client had left.")
+        Console().print("balanced" if balanced else "[red]NOT balanced[/]")
+
+
+def _settings(config: Path | None, port: int) -> LedgerSettings:
+    ledger = LedgerConfig() if config is None else load(config).ledger
+    return settings(ledger, {ENV_LEDGER_DIR: str(state.state_dir(port))} | dict(os.environ))
+
+
+@contextmanager
+def _ledger(told: LedgerSettings) -> Iterator[Connection]:
+    from sqlalchemy import exc
+
+    from serving.metering import store
+
+    if not told.is_shared and not Path(told.url.removeprefix("sqlite:///")).exists():
+        raise ClusterError(
+            f"there is no ledger at {told.url.removeprefix('sqlite:///')}: name its cluster's --port or --config"
+        )
+    engine = store.connect(told.url)
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except exc.SQLAlchemyError as error:
+        raise ClusterError(f"the ledger cannot be read: {store.reason(error)}") from None
+    finally:
+        engine.dispose()
+
+
+def _moment(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        if len(text) == len("2026-11-01"):
+            day = date.fromisoformat(text)
+            return datetime(day.year, day.month, day.day, tzinfo=UTC)
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not {MOMENTS}") from None
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+
+
+def _print(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], shape: Format) -> None:
+    names = [*columns, *SHOWN]
+    plain = [{name: str(row[name]) if name in columns else int(row[name]) for name in names} for row in rows]
+    if shape is Format.JSON:
+        print(json.dumps(plain, indent=1))
+    elif shape is Format.CSV:
+        out = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+        out.writeheader()
+        out.writerows(plain)
+    else:
+        table = Table()
+        for name in names:
+            table.add_column(name.replace("_", " "), justify="left" if name in columns else "right")
+        for row in plain:
+            table.add_row(*(f"{row[name]:,}" if name in SHOWN else str(row[name]) for name in names))
+        Console().print(table)

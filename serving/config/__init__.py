@@ -1,0 +1,95 @@
+"""The whole configuration of a Galerne cluster, one model per concern, one module per noun.
+
+A field that is not named here is refused: a misspelt limit must not silently be no limit. Reading the
+YAML file, and errors with its line, are `serving.config_file`'s.
+"""
+
+from serving.config.adapters import AdapterConfig, LoraConfig
+from serving.config.autoscaling import DAYS, AutoscalingConfig, CapacityConfig, Day, MinuteOfDay, ScheduledFloor, zone
+from serving.config.base import MODEL_ID, NAME, SHA256, Frozen, Misplaced, PositiveInt, Seconds
+from serving.config.fake import FakeEngineConfig, FakeFaults
+from serving.config.faults import GatewayFaultsConfig, ModelFaultsConfig
+from serving.config.keys import SCOPES, AdminConfig, CredentialConfig, KeyConfig, Networks, Scope
+from serving.config.ledger import ENV_LEDGER_DIR, ENV_LEDGER_URL, LedgerConfig, known_ledger_url
+from serving.config.limits import LimitsConfig, TenantLimitsConfig
+from serving.config.listen import GatewayConfig, GatewayReplicasConfig, ListenConfig
+from serving.config.live import Source
+from serving.config.models import (
+    RESERVED_ENGINE_ARGS,
+    SOURCE_SCHEMES,
+    HoldConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReplicasConfig,
+    ResourcesConfig,
+    SloConfig,
+)
+from serving.config.oidc import OidcConfig
+from serving.config.prometheus import PrometheusConfig
+from serving.config.quotas import LIMITS, MEMORY, Limit, OnOutage, QuotaConfig
+from serving.config.root import GalerneConfig
+from serving.config.routing import RoutingConfig, RoutingPolicy
+from serving.config.tenants import PRIORITIES, Priority, TenantConfig, TenantQueueConfig
+from serving.config.tracing import TracingConfig
+
+__all__ = [
+    "DAYS",
+    "ENV_LEDGER_DIR",
+    "ENV_LEDGER_URL",
+    "LIMITS",
+    "MEMORY",
+    "MODEL_ID",
+    "NAME",
+    "PRIORITIES",
+    "RESERVED_ENGINE_ARGS",
+    "SCOPES",
+    "SHA256",
+    "SOURCE_SCHEMES",
+    "AdapterConfig",
+    "AdminConfig",
+    "AutoscalingConfig",
+    "CapacityConfig",
+    "CredentialConfig",
+    "Day",
+    "FakeEngineConfig",
+    "FakeFaults",
+    "Frozen",
+    "GalerneConfig",
+    "GatewayConfig",
+    "GatewayFaultsConfig",
+    "GatewayReplicasConfig",
+    "HoldConfig",
+    "KeyConfig",
+    "LedgerConfig",
+    "Limit",
+    "LimitsConfig",
+    "ListenConfig",
+    "LoraConfig",
+    "MinuteOfDay",
+    "Misplaced",
+    "ModelConfig",
+    "ModelFaultsConfig",
+    "Networks",
+    "OidcConfig",
+    "OnOutage",
+    "ParallelConfig",
+    "PositiveInt",
+    "Priority",
+    "PrometheusConfig",
+    "QuotaConfig",
+    "ReplicasConfig",
+    "ResourcesConfig",
+    "RoutingConfig",
+    "RoutingPolicy",
+    "ScheduledFloor",
+    "Scope",
+    "Seconds",
+    "SloConfig",
+    "Source",
+    "TenantConfig",
+    "TenantLimitsConfig",
+    "TenantQueueConfig",
+    "TracingConfig",
+    "known_ledger_url",
+    "zone",
+]

@@ -1,0 +1,1 @@
+"""What requests used: tokens as the engine counted them."""

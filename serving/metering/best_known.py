@@ -1,0 +1,45 @@
+"""What a request used where its answer did not say.
+
+Exact where nothing was computed: it never reached an engine, the engine refused it, or its route computes nothing. Else
+a guess that is marked as one: four bytes of text make a token of the prompt, an event a token of the answer. The engine
+itself is asked afterwards (serving.api.billing); the guess stays only where it cannot tell.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Protocol
+
+from serving.metering.answers import FREE_PATHS, NOTHING
+from serving.metering.usage import BYTES_PER_TOKEN, Usage
+
+REFUSED: Final = range(400, 500)
+
+
+class Ended(Protocol):
+    """What is known of a request that has ended."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def facts(self) -> Any: ...
+    @property
+    def stream(self) -> bool: ...
+    @property
+    def status(self) -> int: ...
+    @property
+    def engine_request_id(self) -> str: ...
+    @property
+    def first_byte_s(self) -> float | None: ...
+    @property
+    def later_events(self) -> int: ...
+
+
+def best_known(ended: Ended) -> tuple[Usage, bool]:
+    """Usage, and whether it is exact."""
+    if ended.path in FREE_PATHS or not ended.engine_request_id:
+        return NOTHING, True
+    if ended.first_byte_s is not None and ended.status in REFUSED:
+        return NOTHING, True
+    prompt_bytes = 0 if ended.facts is None else int(ended.facts.prompt_bytes)
+    answered = ended.stream and ended.first_byte_s is not None
+    return Usage(-(-prompt_bytes // BYTES_PER_TOKEN), ended.later_events if answered else 0), False

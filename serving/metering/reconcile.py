@@ -1,0 +1,76 @@
+"""The ledger against the engines' own counters: every difference has a cause, or is one to look into.
+
+An engine counts a prompt for each of its answers, counts requests that did not come through a gateway (its own
+warm-up), and counts tokens as they are made, where a row comes when a request has ended. All of these are known to the
+token. Rows that are guesses (their engine died or did not answer) are the only cause that is not.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+PROMPT: Final = "vllm:prompt_tokens_total"
+COMPLETION: Final = "vllm:generation_tokens_total"
+_SAMPLE: Final = re.compile(r"^(vllm:(?:prompt|generation)_tokens_total)(?:\{[^}]*\})?\s+(\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of prompts and of answers."""
+
+    prompt: int = 0
+    completion: int = 0
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.prompt + other.prompt, self.completion + other.completion)
+
+    def __sub__(self, other: Tokens) -> Tokens:
+        return Tokens(self.prompt - other.prompt, self.completion - other.completion)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of one engine replica.
+
+    `ledger` as billed, `repeated` prompts beyond the first of each answer, `waiting` rows that are not in the database,
+    `others` without a gateway, `under_way` now; `guesses` rows that are no count.
+    """
+
+    engine: str
+    counted: Tokens
+    ledger: Tokens
+    repeated: Tokens
+    waiting: Tokens
+    others: Tokens
+    under_way: Tokens
+    guesses: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One engine's balance. `unexplained`: what no cause accounts for; of guesses it may be their error."""
+
+    evidence: Evidence
+    unexplained: Tokens
+
+    @property
+    def balanced(self) -> bool:
+        """Whether nothing is left over that guesses could not account for."""
+        return self.unexplained == Tokens() or self.evidence.guesses > 0
+
+
+def verdict(evidence: Evidence) -> Verdict:
+    """Hold one engine's counters against everything that is known of them."""
+    e = evidence
+    explained = e.ledger + e.repeated + e.waiting + e.others + e.under_way
+    return Verdict(e, e.counted - explained)
+
+
+def counters(exposition: str) -> Tokens:
+    """An engine's counters out of its /metrics, summed over its ranks."""
+    found = {PROMPT: 0, COMPLETION: 0}
+    for name, value in _SAMPLE.findall(exposition):
+        found[name] += int(float(value))
+    return Tokens(found[PROMPT], found[COMPLETION])

@@ -1,0 +1,433 @@
+"""Chooses among the replicas of one model, and keeps what that choice needs: loads, cached prefixes, recent work.
+
+The gateway and the simulator run this same code; nothing here knows of sockets. The work of a choice is bounded
+whatever the number of replicas: beyond `ALL_LOOKED_AT` of them it looks at those that hold most of the prompt and at
+some at random, as power of two choices does.
+
+Promises: every `Turn` that begins ends, and takes back exactly what it added; a replica that has left is not chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+from typing import Any, Final, Literal, NamedTuple, get_args
+
+from serving.config import RoutingConfig
+from serving.routing.policies import Candidate, Demand, Speeds, bounded_walk, cost_s, least_cost, less_loaded_of_two
+from serving.routing.prefix_index import Held, Prefix, PrefixIndex
+from serving.routing.ring import Ring
+
+ALL_LOOKED_AT: Final = 16
+HOLDERS_LOOKED_AT: Final = 4
+DRAWN: Final = 6
+# An adapter that a replica does not hold is read, checked and moved while everybody on it waits: an assumption of the
+# order of what an engine needs for one of some ten megabytes.
+ADAPTER_LOAD_S: Final = 0.2
+# Work counts as recent for about so long.
+RECENT_S: Final = 600.0
+_RESCALE_AT: Final = 1e12
+DEFAULT_KV_TOKENS: Final = 262_144
+
+# Why a replica was chosen. prefix: the prompt's beginning is there; adapter: the request's adapter is; load: it had the
+# least to do; tie: nothing told it from others; session: of its x-session-id; turn: it was its turn; only: there was
+# no other.
+Reason = Literal["prefix", "adapter", "load", "tie", "session", "turn", "only"]
+REASONS: Final[tuple[Reason, ...]] = get_args(Reason)
+
+
+class Seat:
+    """One replica as the router sees it."""
+
+    __slots__ = ("adapters", "in_flight", "in_flight_tokens", "name", "place", "recent", "slot", "waiting_tokens")
+
+    def __init__(self, name: str, slot: int) -> None:
+        self.name = name
+        self.slot = slot
+        self.place = -1
+        self.in_flight = 0
+        self.in_flight_tokens = 0
+        self.waiting_tokens = 0
+        self.recent = 0.0
+        # Those it is taken to hold, the one used longest ago first.
+        self.adapters: OrderedDict[str, None] = OrderedDict()
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the router is told of a request; all of it may be unknown."""
+
+    prefix: Prefix | None = None
+    session: str | None = None
+    # Its LoRA adapter's name.
+    adapter: str | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The prompt's length; 0 where it is unknown."""
+        return 0 if self.prefix is None else self.prefix.tokens
+
+
+NOTHING: Final = Wanted()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A replica, why, and how many tokens of the prompt it is taken to hold."""
+
+    seat: Seat
+    reason: Reason
+    cached_tokens: int = 0
+    # The most that any replica holds.
+    most_cached_tokens: int = 0
+
+    def described(self) -> bytes:
+        """As a header's value, for administrators."""
+        held = f"cached_tokens={self.cached_tokens}, most_cached_tokens={self.most_cached_tokens}"
+        return f"replica={self.seat.name}, reason={self.reason}, {held}".encode("latin-1", "replace")
+
+
+class _Seen(NamedTuple):
+    """What a policy is shown for one request; `candidates` in the order of `seats`."""
+
+    seats: list[Seat]
+    candidates: list[Candidate]
+    demand: Demand
+    most_cached_tokens: int
+
+
+class Turn:
+    """One request on its replica, from the choice to its end."""
+
+    __slots__ = ("_answered", "_ended", "_router", "_uncached", "choice", "prefix")
+
+    def __init__(self, router: Router, choice: Choice, wanted: Wanted) -> None:
+        self._router = router
+        self.choice = choice
+        prefix = self.prefix = wanted.prefix
+        self._uncached = 0 if prefix is None else prefix.tokens - choice.cached_tokens
+        self._answered = self._ended = False
+        router._begin(choice.seat, prefix, self._uncached)
+        if wanted.adapter is not None:
+            router._hold(choice.seat, wanted.adapter)
+
+    def answered(self) -> None:
+        """The first byte is here: the prompt is computed."""
+        if not self._answered:
+            self._answered = True
+            self.choice.seat.waiting_tokens -= self._uncached
+
+    def end(self) -> None:
+        """The request has left its replica; without `answered`, its prompt was not computed."""
+        if not self._ended:
+            self._ended = True
+            self._router._end(self.choice, self.prefix, computed=self._answered)
+            self.answered()
+
+
+class Router:
+    """The replicas of one model. Used from one event loop only."""
+
+    def __init__(
+        self,
+        config: RoutingConfig,
+        *,
+        speeds: Speeds,
+        clock: Callable[[], float],
+        rng: Random,
+        adapters_held: int = 0,
+    ) -> None:
+        """`adapters_held`: LoRA adapters that each replica keeps in memory."""
+        self._config = config
+        self.speeds = speeds
+        self._adapters_held = adapters_held
+        self._holders: dict[str, dict[int, Seat]] = {}
+        self._clock = clock
+        self._rng = rng
+        self.index = PrefixIndex(config.index_blocks)
+        self.seats: list[Seat] = []
+        self._by_slot: dict[int, Seat] = {}
+        self._ring = Ring(())
+        self._turns = 0
+        self._in_flight = 0
+        self._recent = 0.0
+        self._since_s = clock()
+        # Requests under way by the blocks of their prompts.
+        self._sharers: dict[int, int] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """Requests on all replicas."""
+        return self._in_flight
+
+    @property
+    def sharing_blocks(self) -> int:
+        """Blocks of the requests under way, each counted once."""
+        return len(self._sharers)
+
+    # -- replicas
+
+    def join(self, name: str, kv_tokens: int = DEFAULT_KV_TOKENS) -> Seat:
+        """A replica that takes requests from now on."""
+        seat = Seat(name, self.index.join(kv_tokens))
+        # As if it had worked like the others: an empty one is found by its queue, not flooded.
+        seat.recent = self._recent / len(self.seats) if self.seats else 0.0
+        self._recent += seat.recent
+        self._by_slot[seat.slot] = seat
+        self._seated([*self.seats, seat])
+        return seat
+
+    def leave(self, seat: Seat) -> None:
+        """A replica that takes none any more; its requests end as they end."""
+        self.index.leave(seat.slot)
+        del self._by_slot[seat.slot]
+        for adapter in seat.adapters:
+            del self._holders[adapter][seat.slot]
+        seat.adapters.clear()
+        self._recent -= seat.recent
+        self._in_flight -= seat.in_flight
+        self._seated([other for other in self.seats if other is not seat])
+        seat.place = -1
+
+    def _seated(self, seats: list[Seat]) -> None:
+        self.seats = seats
+        for place, seat in enumerate(seats):
+            seat.place = place
+        if self._config.policy == "session":
+            self._ring = Ring(seat.name for seat in seats)
+
+    # -- the choice
+
+    def choose(self, wanted: Wanted = NOTHING, exclude: Collection[str] = ()) -> Choice | None:
+        """The replica for a request, none of `exclude`; None where none is left. Only round robin's turn changes."""
+        seats = [seat for seat in self.seats if seat.name not in exclude] if exclude else self.seats
+        if not seats:
+            return None
+        policy = self._config.policy
+        if policy == "cost":
+            return self._cheapest(seats, wanted, exclude)
+        if len(seats) == 1:
+            return Choice(seats[0], "only")
+        if policy == "round-robin":
+            self._turns += 1
+            return Choice(seats[self._turns % len(seats)], "turn")
+        if policy == "session" and wanted.session is not None:
+            return self._of_session(wanted.session, exclude)
+        two = self._rng.sample(seats, 2)
+        return Choice(two[less_loaded_of_two([seat.in_flight for seat in two], self._rng)], "load")
+
+    def _cheapest(self, seats: list[Seat], wanted: Wanted, exclude: Collection[str]) -> Choice:
+        seen = self._seen(seats, wanted, exclude, self._rng)
+        if len(seats) == 1:
+            return Choice(seats[0], "only", seen.candidates[0].cached_tokens, seen.most_cached_tokens)
+        best = least_cost(seen.candidates, seen.demand, self.speeds, self._config.reuse_weight)
+        chosen = seen.candidates[best]
+        return Choice(seen.seats[best], _reason(seen.candidates, best), chosen.cached_tokens, seen.most_cached_tokens)
+
+    def _seen(self, seats: list[Seat], wanted: Wanted, exclude: Collection[str], rng: Random) -> _Seen:
+        """What a policy is shown, in random order, so that of equals not always the same comes first."""
+        prefix, adapter = wanted.prefix, wanted.adapter
+        held = [] if prefix is None else self.index.match(prefix)
+        most = held[0].tokens if held else 0
+        if len(seats) <= ALL_LOOKED_AT:
+            first = rng.randrange(len(seats))
+            seats = seats[first:] + seats[:first]
+        else:
+            seats = self._some(seats, held, self._holders.get(adapter or "", {}), exclude, rng)
+        scale = self._scale()
+        mean = self._recent / len(self.seats)
+        load = 0.0 if adapter is None else ADAPTER_LOAD_S * self.speeds.prefill_tokens_per_s
+        candidates = [
+            Candidate(
+                seat.waiting_tokens,
+                seat.in_flight,
+                seat.in_flight_tokens,
+                _held_by(held, seat) if held else 0,
+                (seat.recent - mean) / scale,
+                load if load and adapter not in seat.adapters else 0.0,
+            )
+            for seat in seats
+        ]
+        demand = Demand(0 if prefix is None else prefix.tokens, self._sharing(prefix, most))
+        return _Seen(seats, candidates, demand, most)
+
+    def explain(self, wanted: Wanted) -> dict[str, Any]:
+        """What is known of the replicas and which would be chosen for a request now; nothing is changed by asking."""
+        found: dict[str, Any] = {"policy": self._config.policy, "replicas": len(self.seats), "chosen": None}
+        if not self.seats:
+            return found | {"prompt_tokens": wanted.prompt_tokens, "candidates": []}
+        # Draws of its own: asking moves no request to another replica.
+        seen = self._seen(self.seats, wanted, (), Random(0))  # noqa: S311 - no secret depends on it
+        weight = self._config.reuse_weight
+        rows = [
+            {
+                "replica": seat.name,
+                "cost_s": round(cost_s(candidate, seen.demand, self.speeds, weight), 4),
+                "cached_tokens": candidate.cached_tokens,
+                "waiting_tokens": candidate.waiting_tokens,
+                "in_flight": candidate.in_flight,
+                "in_flight_tokens": candidate.in_flight_tokens,
+                "recent_surplus_tokens": round(candidate.surplus_tokens),
+            }
+            | ({} if wanted.adapter is None else {"adapter_loaded": not candidate.to_load_tokens})
+            for seat, candidate in zip(seen.seats, seen.candidates, strict=True)
+        ]
+        if self._config.policy == "cost":
+            best = least_cost(seen.candidates, seen.demand, self.speeds, weight)
+            reason = "only" if len(self.seats) == 1 else _reason(seen.candidates, best)
+            found["chosen"] = rows[best] | {"reason": reason}
+        elif self._config.policy == "session" and wanted.session is not None:
+            choice = self._of_session(wanted.session, ())
+            found["chosen"] = {"replica": choice.seat.name, "reason": choice.reason}
+        rows.sort(key=lambda row: str(row["replica"]))
+        return found | {
+            "prompt_tokens": seen.demand.tokens,
+            "requests_sharing_the_prefix": seen.demand.sharers,
+            "candidates": rows,
+        }
+
+    def _some(
+        self,
+        seats: list[Seat],
+        held: list[Held],
+        holders: Mapping[int, Seat],
+        exclude: Collection[str],
+        rng: Random,
+    ) -> list[Seat]:
+        """Those that hold most of the prompt, some that hold its adapter, and some at random; no replica twice."""
+        loaded = (item for item in holders.items() if item[1].name not in exclude)
+        found: dict[int, Seat] = {}
+        for _, replicas in held:
+            # Of many that hold the same, not always the same are looked at: from a random bit on.
+            many = replicas.bit_count() > HOLDERS_LOOKED_AT
+            shift = rng.randrange(replicas.bit_length()) if many else 0
+            turned = replicas >> shift
+            while turned and len(found) < HOLDERS_LOOKED_AT:
+                low = turned & -turned
+                turned ^= low
+                slot = low.bit_length() - 1 + shift
+                seat = self._by_slot[slot]
+                if seat.name not in exclude:
+                    found[slot] = seat
+            if len(found) >= HOLDERS_LOOKED_AT:
+                break
+        found.update(islice(loaded, HOLDERS_LOOKED_AT))
+        draw, n = rng.random, len(seats)
+        for _ in range(DRAWN):
+            seat = seats[int(draw() * n)]
+            found[seat.slot] = seat
+        return list(found.values())
+
+    def _sharing(self, prefix: Prefix | None, most: int) -> int:
+        """Requests under way that begin as this one does, as far as it is cached anywhere."""
+        if prefix is None or not most:
+            return 0
+        for name, end in zip(prefix.hashes, prefix.ends, strict=False):
+            if end >= most:
+                return self._sharers.get(name, 0)
+        return 0
+
+    def _of_session(self, session: str, exclude: Collection[str]) -> Choice:
+        seats = self.seats
+
+        def places() -> Iterator[int]:
+            return (place for place in self._ring.walk(session) if seats[place].name not in exclude)
+
+        place = bounded_walk(
+            places(), lambda i: seats[i].in_flight, self._in_flight, len(seats), self._config.session_load
+        )
+        return Choice(seats[place], "session")
+
+    def begin(self, choice: Choice, wanted: Wanted = NOTHING) -> Turn:
+        """The request goes to the chosen replica."""
+        return Turn(self, choice, wanted)
+
+    # -- what a turn changes
+
+    def _begin(self, seat: Seat, prefix: Prefix | None, uncached: int) -> None:
+        seat.in_flight += 1
+        self._in_flight += 1
+        if prefix is None:
+            return
+        seat.in_flight_tokens += prefix.tokens
+        seat.waiting_tokens += uncached
+        work = uncached * self._scale()
+        seat.recent += work
+        self._recent += work
+        if self._config.policy != "cost":
+            return
+        # Taken as computed from here on: who asks for the same meanwhile finds it done when its turn comes.
+        self.index.touch(seat.slot, prefix)
+        sharers = self._sharers
+        for name in prefix.hashes:
+            sharers[name] = sharers.get(name, 0) + 1
+
+    def _end(self, choice: Choice, prefix: Prefix | None, *, computed: bool) -> None:
+        seat = choice.seat
+        seat.in_flight -= 1
+        here = seat.place >= 0
+        if here:
+            self._in_flight -= 1
+        if prefix is None:
+            return
+        seat.in_flight_tokens -= prefix.tokens
+        if self._config.policy != "cost":
+            return
+        sharers = self._sharers
+        for name in prefix.hashes:
+            left = sharers.get(name, 0) - 1
+            if left > 0:
+                sharers[name] = left
+            else:
+                sharers.pop(name, None)
+        if not here:
+            return
+        if computed:
+            # Engines free a prompt's blocks at its end: then they are the most recently used.
+            self.index.touch(seat.slot, prefix)
+        else:
+            self.index.forget(seat.slot, prefix, choice.cached_tokens)
+
+    def _hold(self, seat: Seat, adapter: str) -> None:
+        """The engine loads the adapter, if it has not; the one used longest ago makes room."""
+        if seat.place < 0:
+            return
+        seat.adapters[adapter] = None
+        seat.adapters.move_to_end(adapter)
+        self._holders.setdefault(adapter, {})[seat.slot] = seat
+        while len(seat.adapters) > self._adapters_held:
+            oldest, _ = seat.adapters.popitem(last=False)
+            del self._holders[oldest][seat.slot]
+
+    def _scale(self) -> float:
+        """What a token computed now counts among recent work: older ones count less, by growing what is new."""
+        now_s = self._clock()
+        scale = math.exp((now_s - self._since_s) / RECENT_S)
+        if scale > _RESCALE_AT:
+            for seat in self.seats:
+                seat.recent /= scale
+            self._recent = sum(seat.recent for seat in self.seats)
+            self._since_s, scale = now_s, 1.0
+        return scale
+
+
+def _held_by(held: list[Held], seat: Seat) -> int:
+    for tokens, replicas in held:
+        if replicas >> seat.slot & 1:
+            return tokens
+    return 0
+
+
+def _reason(candidates: list[Candidate], best: int) -> Reason:
+    chosen = candidates[best]
+    if chosen.cached_tokens and any(c.cached_tokens < chosen.cached_tokens for c in candidates):
+        return "prefix"
+    if not chosen.to_load_tokens and any(c.to_load_tokens for c in candidates):
+        return "adapter"
+    if any((c.waiting_tokens, c.in_flight) != (chosen.waiting_tokens, chosen.in_flight) for c in candidates):
+        return "load"
+    return "tie"

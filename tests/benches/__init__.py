@@ -1,0 +1,1 @@
+"""Measurements that decide no test: `make bench-…` runs them."""

@@ -1,0 +1,228 @@
+"""Replicas die, hang and lie under load: what clients notice, and that the books add up and nothing stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections import Counter
+
+import psutil
+import pytest
+
+from serving.config import FakeEngineConfig, GatewayFaultsConfig
+from serving.routing.ejection import PROBES
+from tests.faults.replicas import PATH, Rig, ask_many, head, report, rig
+
+# `make test-faults` asks for a thousand.
+REQUESTS = int(os.environ.get("GALERNE_FAULT_REQUESTS", "300"))
+QUICK = FakeEngineConfig(decode_ms=1, prefill_tokens_per_s=1e6)
+# The first byte takes its time, and a request is little else.
+THOUGHTFUL = FakeEngineConfig(decode_ms=400, prefill_tokens_per_s=1e6)
+STEADY = FakeEngineConfig(decode_ms=10, prefill_tokens_per_s=1e6)
+PROMPT_S = 30.0
+# Streams that last until all of them run, on a machine that does other things too.
+STREAM_TOKENS = 500
+
+
+async def until(true: object, rig: Rig, replica: str) -> float:
+    """Wait until a replica is ejected (or no longer); how long that took, seconds."""
+    began_s = time.monotonic()
+    while (replica in rig.ejected) is not true:
+        assert time.monotonic() - began_s < PROMPT_S, "not ejected"
+        await asyncio.sleep(0.02)
+    return time.monotonic() - began_s
+
+
+def test_probes_find_a_dead_replica_within_five_seconds() -> None:
+    faults = GatewayFaultsConfig()
+    assert faults.probe_interval_s + PROBES * max(faults.probe_interval_s, faults.probe_timeout_s) <= 5.0
+
+
+async def test_killed_before_it_accepts() -> None:
+    async with rig(3, QUICK) as made:
+        made.engines[0].signal(signal.SIGKILL)
+        seen = await ask_many(REQUESTS, 50, made.ask)
+        ejected_s = await until(True, made, "r0")
+        books = await made.settled()
+        report("killed before it accepts", seen, books, ejected_s=round(ejected_s, 1))
+        assert seen == {"done": REQUESTS}
+        assert books["completed"] == REQUESTS
+
+
+async def test_killed_without_load_is_out_by_probes() -> None:
+    async with rig(2, QUICK) as made:
+        made.engines[1].signal(signal.SIGKILL)
+        ejected_s = await until(True, made, "r1")
+        report("killed without load", {}, await made.settled(), ejected_s=round(ejected_s, 1))
+        assert made.total("galerne_replica_ejections_total", reason="probes") == 1
+
+
+async def test_killed_after_it_accepted_and_before_a_byte() -> None:
+    async with rig(3, THOUGHTFUL) as made:
+        asked = asyncio.create_task(ask_many(REQUESTS, 120, lambda: made.ask(1)))
+        while not await made.engines[0].metric("vllm:num_requests_running"):
+            assert not asked.done(), "the first replica got nothing to do"
+            await asyncio.sleep(0.02)
+        # In the middle of everybody's first token.
+        made.engines[0].signal(signal.SIGKILL)
+        seen = await asked
+        books = await made.settled()
+        retries = made.total("galerne_retries_total", end="sent")
+        report("killed after it accepted", seen, books, retries=int(retries))
+        assert seen == {"done": REQUESTS}
+        assert retries > 0
+        assert made.total("galerne_retries_total") == retries
+        assert "r0" in made.ejected
+
+
+async def test_killed_in_the_middle_of_streams() -> None:
+    async with rig(3, STEADY) as made:
+        asked = asyncio.create_task(ask_many(60, 60, lambda: made.ask(STREAM_TOKENS)))
+        while sum(n for n in made.gateway.replicas.snapshot()["chat"].values()) < 60 or not _all_run(made, 60):
+            assert not asked.done(), "streams ended before all of them ran"
+            await asyncio.sleep(0.02)
+        lost = made.gateway.replicas.snapshot()["chat"]["r0"]
+        made.engines[0].signal(signal.SIGKILL)
+        seen = await asked
+        books = await made.settled()
+        report("killed in the middle of streams", seen, books)
+        # A stream of which a part was sent ends with an error event, never silently and never with another text.
+        assert lost > 0
+        assert seen == {"cut": lost, "done": 60 - lost}
+        assert books["failed"] == lost == made.total("galerne_streams_cut_total")
+
+
+def _all_run(made: Rig, count: int) -> bool:
+    """Whether every stream has sent its first tokens to its client."""
+    return made.total("galerne_time_to_first_token_seconds_count") >= count
+
+
+async def test_stopped_and_continued() -> None:
+    async with rig(3, STEADY, model={"faults": {"stall_s": 1.5}}) as made:
+        streams = asyncio.create_task(ask_many(30, 30, lambda: made.ask(STREAM_TOKENS)))
+        while not _all_run(made, 30):
+            await asyncio.sleep(0.02)
+        lost = made.gateway.replicas.snapshot()["chat"]["r0"]
+        made.engines[0].signal(signal.SIGSTOP)
+        # Requests of after it was stopped: some are put on it before it is ejected.
+        later = await ask_many(300, 30, made.ask)
+        ejected_s = await until(True, made, "r0")
+        seen = await streams
+        books = await made.settled_but("r0")
+        stalled = int(made.total("galerne_retries_total", kind="stalled", end="sent"))
+        report("stopped", seen + later, books, retries=stalled, ejected_s=round(ejected_s, 1))
+        assert lost > 0
+        assert stalled > 0
+        assert seen == {"cut": lost, "done": 30 - lost}
+        assert later == {"done": 300}
+        made.engines[0].signal(signal.SIGCONT)
+        await made.settled()
+
+
+async def test_random_disconnects() -> None:
+    rng = random.Random(11)
+    async with rig(2, STEADY) as made:
+        seen = await ask_many(REQUESTS, 100, lambda: _leave(made, rng.uniform(0.0, 0.4)))
+        books = await made.settled()
+        report("disconnects", seen, books)
+        assert seen["left"] > REQUESTS / 2
+        assert books["cancelled"] > REQUESTS / 4
+        assert books["failed"] == books["rejected"] == 0
+        assert made.ejected == frozenset()
+
+
+async def _leave(made: Rig, after_s: float) -> str:
+    _, writer = await _begin(made, 20)
+    await asyncio.sleep(after_s)
+    writer.transport.abort()
+    return "left"
+
+
+async def _begin(made: Rig, max_tokens: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    # The least that the kernel takes in advance, and the least that is read from it.
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", made.port))
+    reader, writer = await asyncio.open_connection(sock=client, limit=1024)
+    message = {"role": "user", "content": "hello"}
+    body = json.dumps({"model": "chat", "messages": [message], "max_tokens": max_tokens, "stream": True}).encode()
+    writer.write(head("POST", PATH, len(body)) + body)
+    return reader, writer
+
+
+async def test_ten_times_too_much() -> None:
+    async with rig(2, STEADY, max_ongoing_requests=20) as made:
+        seen = await ask_many(REQUESTS, 200, lambda: made.ask(5))
+        books = await made.settled()
+        refused = int(made.total("galerne_requests_shed_total", reason="requests"))
+        report("ten times too much", seen, books, refused=refused)
+        assert seen == {"done": books["completed"], "503": refused}
+        assert books["completed"] + refused == REQUESTS
+        assert refused > 0
+        assert books["completed"] >= 20
+
+
+async def test_slow_readers() -> None:
+    async with rig(1, FakeEngineConfig(decode_ms=0), faults={"slow_reader_s": 1.0}) as made:
+        readers = [await _begin(made, 30_000) for _ in range(4)]
+        deadline_s = time.monotonic() + 60
+        while made.total("galerne_slow_readers_total") < len(readers):
+            assert time.monotonic() < deadline_s, "a client that does not read was not cut off"
+            await asyncio.sleep(0.05)
+        # The engine and the gateway are free again although no client has gone.
+        books = await made.settled()
+        report("slow readers", Counter(cut=len(readers)), books)
+        assert books["cancelled"] == len(readers)
+        for _, writer in readers:
+            writer.transport.abort()
+
+
+@pytest.mark.faults
+async def test_memory_is_flat_over_rounds() -> None:
+    """Rounds of everything: the last ones need no more memory than those before."""
+    rng = random.Random(5)
+    process = psutil.Process()
+    async with rig(2, STEADY, max_ongoing_requests=100) as made:
+        sizes = []
+        for _ in range(8):
+            seen = await ask_many(300, 150, lambda: made.ask(5))
+            seen += await ask_many(300, 100, lambda: _leave(made, rng.uniform(0.0, 0.2)))
+            books = await made.settled()
+            gc.collect()
+            sizes.append(process.memory_info().rss)
+        report("rounds", seen, books, mib=[size >> 20 for size in sizes])
+        assert sizes[-1] < sizes[3] * 1.05
+
+
+@pytest.mark.faults
+async def test_a_late_event_loop_sheds_and_recovers() -> None:
+    async with rig(2, STEADY) as made:
+        streams = asyncio.create_task(ask_many(30, 30, lambda: made.ask(2000)))
+        while not _all_run(made, 30):
+            await asyncio.sleep(0.02)
+        seen: Counter[str] = Counter()
+        late_s = 0.0
+        while not made.total("galerne_requests_shed_total", reason="event_loop"):
+            # Work that does not give way, as a flood of requests would be: several timers in a row are late.
+            for _ in range(5):
+                time.sleep(1.0)
+                late_s += 1.0
+                await asyncio.sleep(0.01)
+            assert late_s < 2 * PROMPT_S, "nothing was shed"
+            seen[await made.ask(1)] += 1
+        while (answer := await made.ask(1)) != "done":
+            seen[answer] += 1
+            await asyncio.sleep(0.1)
+        seen += await streams
+        books = await made.settled()
+        report("late event loop", seen, books, late_s=round(late_s, 1))
+        # Those under way go on, new ones are refused, and it ends when the loop is in time again.
+        assert seen["done"] >= 30
+        assert set(seen) == {"done", "503"}

@@ -1,0 +1,101 @@
+"""The ledger on a real PostgreSQL, as a cluster has it: outages, several writers, and no password in any text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from serving.cli import app
+from serving.metering import store
+from serving.metering.ledger import Ledger
+from serving.metering.spill import Spill
+from serving.metering.writer import Writer
+from tests.postgres import PASSWORD, Postgres
+from tests.unit.test_ledger import NOW_S, made, reading, row, rows_of
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    directory = Path(tempfile.mkdtemp(prefix="galerne-pg-"))
+    try:
+        server = Postgres(directory)
+        server.start()
+        try:
+            yield server
+        finally:
+            with contextlib.suppress(AssertionError):
+                server.stop()
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_rows_of_several_gateways(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spills = [Spill(tmp_path / str(i)) for i in range(4)]
+    for i, spill in enumerate(spills):
+        # Each holds a row that another has, too, as where a disk was copied or a file was read twice.
+        spill.write([row(100 * i + k) for k in range(50)] + [row(0)], str(i), NOW_S)
+    complaints: list[str] = []
+    writers = [Writer(spill, postgres.url, complaints.append) for spill in spills]
+    with ThreadPoolExecutor() as pool:
+        # All of them find no table.
+        assert all(pool.map(lambda writer: writer.drain(), writers))
+    for writer in writers:
+        writer.close()
+    assert not complaints
+    assert len(rows_of(postgres.url)) == 200
+    monkeypatch.setenv("GALERNE_LEDGER_URL", postgres.url)
+    found = CliRunner().invoke(app, ["usage", "--by", "day", "--by", "tenant", "--format", "json"])
+    (total,) = json.loads(found.output)
+    assert (total["day"], total["requests"], total["prompt_tokens"]) == ("2026-09-21", 200, 2000)
+
+
+def test_an_outage(postgres: Postgres, tmp_path: Path) -> None:
+    told = made(tmp_path, url=postgres.url)
+    ledger = Ledger(told, "outage", program=None)
+    complaints: list[str] = []
+    writer = Writer(Spill(told.spill_dir), told.url, complaints.append)
+    for number in range(3):
+        ledger.record(row(number, id=f"outage-{number}"))
+        ledger.flush()
+        if number == 0:
+            assert writer.drain()
+            postgres.stop()
+        elif number == 1:
+            assert not writer.drain()
+            assert ledger.state().behind == 1
+    assert complaints
+    assert not any(PASSWORD in text for text in complaints)
+    postgres.start()
+    assert writer.drain()
+    writer.close()
+    with reading(told.url) as connection:
+        assert store.known(connection, [f"outage-{n}" for n in range(4)]) == {f"outage-{n}" for n in range(3)}
+
+
+def test_a_wrong_password_is_heard_of_and_not_said(postgres: Postgres, tmp_path: Path) -> None:
+    complaints: list[str] = []
+    spill = Spill(tmp_path / "spill")
+    assert not Writer(spill, postgres.url.replace("a-pass%27word", "hunter2"), complaints.append).drain()
+    assert "password authentication failed" in complaints[0]
+    assert "hunter2" not in complaints[0]
+
+
+def test_a_row_that_is_refused(postgres: Postgres, tmp_path: Path) -> None:
+    told = made(tmp_path, url=postgres.url)
+    spill = Spill(told.spill_dir)
+    spill.write([row(1, id="short-1"), row(2, id="long-2", tenant="x" * 65)], "a", NOW_S)
+    complaints: list[str] = []
+    writer = Writer(spill, told.url, complaints.append)
+    assert writer.drain()
+    writer.close()
+    assert "refused 1 rows" in complaints[0]
+    with reading(told.url) as connection:
+        assert store.known(connection, ["short-1", "long-2"]) == {"short-1"}

@@ -1,0 +1,466 @@
+"""Quotas: exact under concurrency, the same in this process and in Redis, settled by use, and what an outage does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.admission.estimates import Cost
+from serving.admission.quota_redis import RedisStore
+from serving.admission.quota_store import (
+    SAVE_EVERY_S,
+    WINDOW_S,
+    Demand,
+    MemoryStore,
+    QuotaStore,
+    StoreDown,
+    Window,
+    periods,
+    until_next,
+)
+from serving.admission.quotas import Charge, Quotas, duration, part_of
+from serving.admission.redis_link import RedisLink
+from serving.config import FakeEngineConfig, QuotaConfig, TenantConfig
+from serving.errors import ConfigError, QuotaExceeded, RateLimited, TokensLimited, Unavailable
+from serving.metering.usage import Usage
+from tests.redis_server import PASSWORD, RedisServer, redis_server
+from tests.unit.test_fair_hold import Job
+from tests.unit.test_gateway import AUTH, CHAT, COMPLETIONS, FAST, rig
+
+NOW_S = 1_800_000_000.5
+
+
+class Wall:
+    def __init__(self) -> None:
+        self.now_s = NOW_S
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Told:
+    """Records what quotas tell."""
+
+    def __init__(self) -> None:
+        self.refused: list[tuple[str, str]] = []
+        self.used: dict[tuple[str, str], float] = {}
+        self.up: list[bool] = []
+
+    def quota_refused(self, tenant: str, limit: str) -> None:
+        self.refused.append((tenant, limit))
+
+    def quota_used(self, tenant: str, limit: str, part: float) -> None:
+        self.used[tenant, limit] = part
+
+
+class Ended(Job):
+    """A request that has ended."""
+
+    status = 200
+    ticket = None
+
+
+def ended(prompt: int = 0, completion: int = 0, **fields: Any) -> Ended:
+    job = Ended()
+    job.outcome, job.first_byte_s, job.usage = "completed", 1.0, Usage(prompt, completion)
+    for name, value in fields.items():
+        setattr(job, name, value)
+    return job
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def connected(server: RedisServer) -> AsyncIterator[RedisLink]:
+    link = RedisLink(server.url)
+    await link.redis.flushall()
+    try:
+        yield link
+    finally:
+        await link.close()
+
+
+@contextlib.asynccontextmanager
+async def store_of(kind: str, request: pytest.FixtureRequest) -> AsyncIterator[QuotaStore]:
+    if kind == "memory":
+        yield MemoryStore(Wall())
+        return
+    async with connected(request.getfixturevalue("server")) as link:
+        yield RedisStore(link)
+
+
+both = pytest.mark.parametrize("kind", ["memory", "redis"])
+USUAL = Cost(10, 20, 1)
+leases = (f"lease{i}" for i in itertools.count())
+
+
+def demand(tokens: int = 1, **quota: int) -> Demand:
+    return Demand("acme", QuotaConfig(**quota), next(leases), tokens)
+
+
+@both
+@pytest.mark.parametrize(
+    ("quota", "tokens", "most", "limit"),
+    [
+        ({"requests_per_minute": 40}, 1, 40, "requests"),
+        ({"tokens_per_minute": 1000}, 30, 33, "tokens"),
+        ({"concurrent_requests": 17}, 1, 17, "concurrent"),
+        ({"tokens_per_day": 500}, 7, 71, "day"),
+        ({"tokens_per_month": 500}, 7, 71, "month"),
+    ],
+)
+async def test_no_limit_is_passed_by_128_at_once(
+    kind: str, quota: dict[str, int], tokens: int, most: int, limit: str, request: pytest.FixtureRequest
+) -> None:
+    async with store_of(kind, request) as store:
+        verdicts = await asyncio.gather(*(store.reserve(demand(tokens, **quota)) for _ in range(128)))
+        assert [v.refused for v in verdicts].count(None) == most
+        assert {v.refused for v in verdicts} == {None, limit}
+        assert all(v.wait_s is not None and 0 <= v.wait_s <= 31 * 86400 for v in verdicts)
+        # What was refused was counted nowhere.
+        again = await store.reserve(demand(tokens, **quota))
+        assert (again.refused, again.requests_used + again.tokens_used + again.day_used + again.month_used) == (
+            limit,
+            0 if limit == "concurrent" else most * tokens,
+        )
+
+
+@both
+async def test_settling_gives_back_what_was_not_used_and_charges_what_was(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    every = {"requests_per_minute": 9, "tokens_per_minute": 1000, "tokens_per_day": 5000, "tokens_per_month": 9000}
+    async with store_of(kind, request) as store:
+
+        async def standing() -> tuple[int, ...]:
+            probe = demand(0, **every)
+            v = await store.reserve(probe)
+            await store.settle(probe, v, 0, refund=True)
+            return v.requests_used - 1, v.tokens_used, v.day_used, v.month_used
+
+        asked = demand(600, **every, concurrent_requests=1)
+        verdict = await store.reserve(asked)
+        assert (verdict.refused, verdict.requests_used, verdict.tokens_used, verdict.concurrent) == (None, 1, 600, 1)
+        assert 59 < verdict.tokens_reset_s <= WINDOW_S
+        assert (await store.reserve(demand(600, **every))).refused == "tokens"
+        assert (await store.reserve(demand(1, **every, concurrent_requests=1))).refused == "concurrent"
+        await store.settle(asked, verdict, 150, refund=False)
+        assert await standing() == (1, 150, 150, 150)
+        second = demand(100, **every, concurrent_requests=1)
+        verdict = await store.reserve(second)
+        assert verdict.refused is None
+        await store.settle(second, verdict, 700, refund=False)  # beyond its estimate: charged now
+        assert await standing() == (2, 850, 850, 850)
+        third = demand(100, **every)
+        await store.settle(third, await store.reserve(third), 0, refund=True)
+        assert await standing() == (2, 850, 850, 850)
+
+
+@both
+async def test_what_can_never_fit_says_so(kind: str, request: pytest.FixtureRequest) -> None:
+    async with store_of(kind, request) as store:
+        verdict = await store.reserve(demand(2000, tokens_per_minute=1000))
+        assert (verdict.refused, verdict.wait_s) == ("tokens", None)
+        assert (await store.reserve(demand(1000, tokens_per_minute=1000))).refused is None
+        verdict = await store.reserve(demand(1000, tokens_per_minute=1000))
+        assert verdict.wait_s is not None
+        assert 59 < verdict.wait_s <= WINDOW_S
+
+
+async def test_redis_forgets_what_is_over(server: RedisServer) -> None:
+    async with connected(server) as link:
+        store = RedisStore(link)
+        now = (await link.redis.time())[0]
+        # A minute ago, and as a gateway left it that died a minute ago.
+        await link.redis.hset("galerne:quota:{acme}:requests", mapping={now - 62: 5, now - 59: 1})
+        await link.redis.zadd("galerne:quota:{acme}:leases", {"dead": now - 1, "running": now + 50})
+        limits = {"requests_per_minute": 2, "concurrent_requests": 2}
+        kept = demand(**limits)
+        verdict = await store.reserve(kept)
+        assert (verdict.refused, verdict.requests_used, verdict.concurrent) == (None, 2, 2)
+        await store.renew([("acme", [kept.lease, "gone"])])
+        assert await link.redis.zcard("galerne:quota:{acme}:leases") == 2
+        keys = await link.redis.keys("*")
+        assert keys
+        assert all([await link.redis.ttl(key) > 0 for key in keys])
+
+
+steps = st.lists(
+    st.tuples(st.sampled_from(["ask", "settle"]), st.floats(0, 25), st.integers(0, 300)),
+    max_size=60,
+)
+
+
+@settings(max_examples=150)
+@given(steps)
+def test_in_no_minute_is_more_let_through_than_the_limit(plan: list[tuple[str, float, int]]) -> None:
+    quota = {"requests_per_minute": 6, "tokens_per_minute": 1000}
+
+    async def play() -> None:
+        wall = Wall()
+        store = MemoryStore(wall)
+        passed: list[tuple[float, int]] = []
+        running: list[tuple[Demand, Any]] = []
+        for what, gap_s, tokens in plan:
+            wall.now_s += gap_s
+            if what == "ask":
+                asked = demand(tokens, **quota)
+                verdict = await store.reserve(asked)
+                if verdict.refused is None:
+                    passed.append((wall.now_s, tokens))
+                    running.append((asked, verdict))
+                else:
+                    recent = [n for at_s, n in passed if at_s > wall.now_s - WINDOW_S]
+                    # Nobody is refused who would have fitted.
+                    assert len(recent) + 1 > 6 or sum(recent) + tokens > 1000
+            elif running:
+                asked, verdict = running.pop(0)
+                await store.settle(asked, verdict, asked.tokens, refund=False)
+        for at_s, _ in passed:
+            window = [n for other_s, n in passed if at_s <= other_s < at_s + 60]
+            assert len(window) <= 6
+            assert sum(window) <= 1000
+
+    asyncio.run(play())
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9), st.integers(0, 9)), max_size=60))
+def test_a_window_never_counts_less_than_nothing(rows: list[tuple[int, int, int]]) -> None:
+    window, second, added = Window(), 1000, list[tuple[int, int]]()
+    for gap, count, back in rows:
+        second += gap
+        window.advance(second)
+        window.add(second, count)
+        added.append((second, count))
+        at, most = added[back % len(added)]
+        window.give_back(at, min(most, back))
+        added[back % len(added)] = at, most - min(most, back)
+        assert window.total == sum(n for s, n in added if s > second - WINDOW_S)
+
+
+def test_budgets_are_of_calendar_days_and_months() -> None:
+    assert periods(1_798_761_599) == ("2026-12-31", "2026-12")
+    assert periods(1_798_761_600) == ("2027-01-01", "2027-01")
+    assert until_next(1_798_761_599, "day") == until_next(1_798_761_599, "month") == 1.0
+    assert until_next(1_798_761_600, "month") == 31 * 86400
+
+
+async def test_budgets_outlive_a_restart_and_old_ones_are_forgotten(tmp_path: Path) -> None:
+    file, wall = tmp_path / "budgets.json", Wall()
+    store = MemoryStore(wall, file)
+    await store.reserve(demand(300, tokens_per_day=1000, tokens_per_month=2000))
+    wall.now_s += SAVE_EVERY_S / 2
+    await store.reserve(demand(300, tokens_per_day=1000))
+    store.save()
+    again = MemoryStore(wall, file)
+    assert (await again.reserve(demand(500, tokens_per_day=1000))).refused == "day"
+    assert (await again.reserve(demand(500, tokens_per_day=1100, tokens_per_month=2000))).refused is None
+    for _ in range(40):
+        wall.now_s += 86400
+        assert (await again.reserve(demand(1000, tokens_per_day=1000, tokens_per_month=90_000))).refused is None
+    again.save()
+    assert len(json.loads(file.read_text())["acme"]) == 4
+    file.write_text("{ no")
+    with pytest.raises(ConfigError, match="remove it"):
+        MemoryStore(wall, file)
+
+
+async def test_a_disk_in_trouble_stops_no_request(tmp_path: Path) -> None:
+    store = MemoryStore(Wall(), tmp_path / "nowhere" / "budgets.json")
+    assert (await store.reserve(demand(1, tokens_per_day=1000))).refused is None
+    store.save()
+
+
+# -- admission
+
+
+def tenants(**quota: int) -> list[TenantConfig]:
+    keys = [{"id": "k", "sha256": "0" * 64}]
+    return [TenantConfig.model_validate({"id": "acme", "keys": keys, "quota": quota})]
+
+
+async def admit(quotas: Quotas, cost: Cost = USUAL) -> tuple[Charge | None, dict[bytes, bytes]]:
+    headers: list[tuple[bytes, bytes]] = []
+    charge = await quotas.admit("acme", "m", next(leases), cost, headers)
+    return charge, dict(headers)
+
+
+async def test_headers_and_refusals_are_openais() -> None:
+    told, cost = Told(), Cost(10, 20, 1)
+    quotas = Quotas(tenants(requests_per_minute=2, tokens_per_minute=100), MemoryStore(Wall()), metrics=told)
+    charge, headers = await admit(quotas)
+    assert headers == {
+        b"x-ratelimit-limit-requests": b"2",
+        b"x-ratelimit-remaining-requests": b"1",
+        b"x-ratelimit-reset-requests": b"1m0.5s",
+        b"x-ratelimit-limit-tokens": b"100",
+        b"x-ratelimit-remaining-tokens": b"70",
+        b"x-ratelimit-reset-tokens": b"1m0.5s",
+    }
+    assert told.used == {("acme", "requests"): 0.5, ("acme", "tokens"): 0.3}
+    assert charge is not None
+    quotas.settle(charge, ended(40, 50), cost)
+    await quotas.settled()
+    with pytest.raises(TokensLimited) as tokens:
+        await admit(quotas)
+    assert (tokens.value.type, tokens.value.code) == ("tokens", "rate_limit_exceeded")
+    assert tokens.value.retry_after_s == WINDOW_S  # half a second of the bucket is over
+    await admit(quotas, Cost(5, 5, 1))
+    with pytest.raises(RateLimited) as requests:
+        await admit(quotas, Cost(0, 0, 0))
+    assert (requests.value.type, requests.value.code) == ("requests", "rate_limit_exceeded")
+    assert told.refused == [("acme", "tokens"), ("acme", "requests")]
+    # Limits are taken anew, and a tenant without any is not counted.
+    quotas.update(tenants(tokens_per_month=50))
+    with pytest.raises(QuotaExceeded) as budget:
+        await admit(quotas, Cost(30, 30, 1))
+    assert (budget.value.status, budget.value.type, budget.value.code) == (429, *["insufficient_quota"] * 2)
+    quotas.update(tenants())
+    assert "acme" not in quotas
+    assert await admit(quotas) == (None, {})
+
+
+async def test_what_is_never_to_be_repeated_says_so() -> None:
+    quotas = Quotas(tenants(tokens_per_minute=20), MemoryStore(Wall()), metrics=Told())
+    headers: list[tuple[bytes, bytes]] = []
+    with pytest.raises(TokensLimited, match="Request too large") as caught:
+        await quotas.admit("acme", "m", "x", Cost(10, 20, 1), headers)
+    assert caught.value.retry_after_s is None
+    assert (b"x-should-retry", b"false") in headers
+
+
+@pytest.mark.parametrize(
+    ("job", "used"),
+    [
+        (ended(7, 5), 12),
+        (ended(usage=None, later_events=8), 10 + 9),
+        (ended(usage=None, stream=False), 10 + 20),
+        (ended(usage=None, status=400), 0),  # the engine refused it
+        (ended(usage=None, first_byte_s=None, outcome="failed"), 0),
+        (ended(usage=None, first_byte_s=None, outcome="failed", client_left=True), 0),  # it never left the queue
+        (ended(usage=None, computes=False), 0),
+    ],
+)
+async def test_what_a_request_used(job: Ended, used: int) -> None:
+    cost, told = Cost(10, 20, 1), Told()
+    quotas = Quotas(tenants(tokens_per_day=1000, requests_per_minute=5), MemoryStore(Wall()), metrics=told)
+    charge, _ = await admit(quotas)
+    assert charge is not None
+    quotas.settle(charge, job, cost)
+    await quotas.settled()
+    await admit(quotas, Cost(0, 0, 1))
+    assert told.used["acme", "day"] == used / 1000
+    refunded = job.outcome == "failed" and not job.client_left
+    assert told.used["acme", "requests"] == (1 if refunded else 2) / 5
+
+
+def test_durations_and_parts() -> None:
+    assert [duration(s) for s in (0, 0.0204, 1, 7.66, 60, 61.5)] == ["0s", "21ms", "1s", "7.66s", "1m0s", "1m1.5s"]
+    assert part_of(QuotaConfig(requests_per_minute=7, concurrent_requests=1), 3) == QuotaConfig(
+        requests_per_minute=2, concurrent_requests=1
+    )
+
+
+# -- a store that goes away
+
+
+@pytest.mark.parametrize("policy", ["open", "closed", "local"])
+async def test_an_outage_and_its_end(policy: Any, tmp_path: Path) -> None:
+    with redis_server(tmp_path) as own:
+        told, states = Told(), list[bool]()
+        link = RedisLink(own.url, states.append)
+        limits = {"requests_per_minute": 4, "tokens_per_day": 1000}
+        quotas = Quotas(tenants(**limits), MemoryStore(Wall()), link, on_outage=policy, metrics=told)
+        quotas.divide(2)
+        before, _ = await admit(quotas)
+        assert before is not None
+        own.stop()
+        for number in range(5):
+            if policy == "closed":
+                with pytest.raises(Unavailable) as closed:
+                    await admit(quotas)
+                assert (closed.value.status, closed.value.code) == (503, "limits_unavailable")
+            elif policy == "open":
+                assert await admit(quotas) == (None, {})
+            elif number < 2:  # its part of four
+                charge, _ = await admit(quotas)
+                assert charge is not None
+                quotas.settle(charge, ended(100, 50), Cost(10, 20, 1))
+            else:
+                with pytest.raises(RateLimited):
+                    await admit(quotas)
+        quotas.settle(before, ended(60, 40), Cost(10, 20, 1))
+        await quotas.settled()
+        assert states == [False]
+        with pytest.raises(StoreDown):  # nobody waits for it again
+            await link.call(lambda redis: redis.ping())
+        own.start()
+        looks = 0
+
+        async def sleep(_: float) -> None:
+            nonlocal looks
+            looks += 1
+            await asyncio.sleep(0)
+            if looks > 20:
+                raise asyncio.CancelledError
+
+        with contextlib.suppress(asyncio.CancelledError):
+            await quotas.watch(sleep)
+        assert states == [False, True]
+        again, _ = await admit(quotas, Cost(0, 0, 1))
+        assert again is not None
+        # The server forgot everything; what was used meanwhile was charged once it was back. 70: beyond the estimate.
+        assert again.verdict.day_used == {"local": 2 * 150 + 70}.get(policy, 70)
+        assert PASSWORD not in repr(link)
+        quotas.close()
+        await link.close()
+
+
+# -- through the gateway
+
+
+async def test_a_tenants_quota_through_the_gateway() -> None:
+    async with rig(FAST, tenant={"quota": {"requests_per_minute": 2, "tokens_per_minute": 5000}}, chat={}) as made:
+        for left in ("1", "0"):
+            answer = await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT)
+            assert answer.status_code == 200
+            assert answer.headers["x-ratelimit-limit-requests"] == "2"
+            assert answer.headers["x-ratelimit-remaining-requests"] == left
+            assert int(answer.headers["x-ratelimit-remaining-tokens"]) < 5000
+        refused = await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT | {"stream": True})
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert 55 <= int(refused.headers["retry-after"]) <= 61
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        other = await made.http.post(COMPLETIONS, headers={"authorization": "Bearer sk-other"}, json=CHAT)
+        assert other.status_code == 200
+        assert not [name for name in other.headers if name.startswith("x-ratelimit")]
+        assert made.total("galerne_quota_refusals_total", tenant="press", limit="requests") == 1
+        assert made.total("galerne_quota_use", tenant="press", limit="requests") == 1
+        assert made.total("galerne_limits_store_up") == 1
+        assert made.total("galerne_requests_finished_total", outcome="completed") == 3
+
+
+async def test_concurrent_requests_are_given_back_when_they_end_or_their_client_leaves() -> None:
+    slow = FakeEngineConfig(decode_ms=20)
+    async with rig(slow, tenant={"quota": {"concurrent_requests": 1}}, chat={}) as made:
+        body = CHAT | {"stream": True, "max_tokens": 5000}
+        async with made.http.stream("POST", COMPLETIONS, headers=AUTH, json=body) as stream:
+            await anext(stream.aiter_bytes())
+            assert (await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT)).status_code == 429
+        await made.settled()
+        await made.gateway.quotas.settled()
+        assert (await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT)).status_code == 200
