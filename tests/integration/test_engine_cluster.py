@@ -240,11 +240,15 @@ def test_a_client_that_leaves_frees_the_engine(engine_cluster: RunningCluster) -
         ) as stream,
     ):
         assert stream.status_code == 200, stream.read()
-        next(stream.iter_lines())
-        deadline_s = time.monotonic() + 20
-        while running() < 1 and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        assert running() == 1
+        # Of 1500 tokens a few are read: the rest is what the engine is to be freed of.
+        lines: list[str] = []
+        computing = 0.0
+        for line in stream.iter_lines():
+            lines.append(line)
+            computing = running()
+            if computing or "error" in line:
+                break
+        assert computing == 1, (lines[:3], lines[-3:], engine_cluster.log.read_text()[-4000:])
     left_s = time.monotonic()
     while running() > 0:
         # The bound is the promise that is tested; it leaves a loaded machine a wide margin.
