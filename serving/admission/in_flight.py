@@ -13,12 +13,15 @@ of requests sent since the last correction) the engine queues, and the bound shr
 time and somebody waits for tokens, it grows by a twentieth (additive increase, multiplicative decrease, as TCP's).
 It never falls below a quarter of what the engine has, so a wrong signal cannot starve the engine.
 
-A request always fits where nothing is in flight. The last `RESERVE` of the bound is for tenants that have less than
-their fair part in flight: whoever sends little does not wait for a slot behind somebody who takes all.
+A request always fits where nothing is in flight. The last of the bound is kept for tenants that have less than their
+fair part in flight: whoever sends little does not wait for a slot behind somebody who takes all. Of tokens `RESERVE` is
+kept. Of slots, one, and as many as lack where fewer sequences end in a step than their successors that travel: those
+that end are independent, so of n on average it is two standard deviations, 2 sqrt(n).
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
@@ -26,6 +29,8 @@ from statistics import median
 # vLLM's own default for most devices.
 DEFAULT_SEQUENCES = 256
 RESERVE = 1 / 64
+# Slots kept: one and so many standard deviations of what ends in a step, but never more than this part of all.
+DEVIATIONS, MOST_KEPT = 2.0, 1 / 40
 # Sequences run for at least so many steps, as far as is counted on.
 LEAST_STEPS = 16.0
 # With fewer slots than these a reserved one would be too much of the whole.
@@ -110,11 +115,10 @@ class InFlight:
             return True
         if self._per_replica is not None:
             return self.requests < self._per_replica * self._replicas
-        part = 1.0 if reserve else 1.0 - RESERVE
-        if self.sequences + sequences > self.sequences_limit(part):
+        if self.sequences + sequences > self.sequences_limit(keep=not reserve):
             self._tokens_bind = False
             return False
-        limit = self.tokens_limit(part)
+        limit = self.tokens_limit(1.0 if reserve else 1.0 - RESERVE)
         # One that is larger than half of the whole does not wait for the engines to run empty.
         self._tokens_bind = limit is not None and self.tokens + min(tokens, limit / 2) > limit
         return not self._tokens_bind
@@ -136,15 +140,17 @@ class InFlight:
         # Sums of fractions: nothing in flight is nothing.
         self.tokens = self.tokens - tokens if self.requests else 0.0
 
-    def sequences_limit(self, part: float = 1.0) -> int:
-        """The most sequences of this gateway; `part` of it where some is kept."""
+    def sequences_limit(self, *, keep: bool = False) -> int:
+        """The most sequences of this gateway; `keep`: less what is kept for tenants with little in flight."""
         computed = self._capacity.sequences * self._replicas
-        whole = self._own(computed + computed * self._ends_per_step, self._others_sequences)
-        whole *= min(1.0, self.factor)
+        ends = computed * self._ends_per_step
+        whole = self._own(computed + ends, self._others_sequences) * min(1.0, self.factor)
         least = self._replicas or 1
-        if whole < LEAST_FOR_RESERVE:
+        if not keep or whole < LEAST_FOR_RESERVE:
             return max(least, int(whole))
-        return min(int(whole * part), int(whole) - 1) if part < 1.0 else int(whole)
+        kept = min(1.0 + DEVIATIONS * math.sqrt(ends), MOST_KEPT * computed)
+        rest = self._own(computed + ends - kept, self._others_sequences) * min(1.0, self.factor)
+        return min(round(rest), int(whole) - 1)
 
     def tokens_limit(self, part: float = 1.0) -> float | None:
         """The most tokens of this gateway; None: unbounded."""

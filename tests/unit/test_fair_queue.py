@@ -237,7 +237,7 @@ def test_as_much_is_in_flight_as_the_engines_compute() -> None:
     while flight.room(50, 1, reserve=False):
         flight.take(50, 1)
         taken += 1
-    assert taken == 126  # of 128 slots two are kept
+    assert taken == 127  # of 128 slots one is kept
     assert flight.room(50, 1, reserve=True)
     flight.divide(2)
     assert not flight.room(50, 1, reserve=True)
@@ -250,6 +250,20 @@ def test_as_much_is_in_flight_as_the_engines_compute() -> None:
     for _ in range(taken):
         flight.give(50, 1)
     assert (flight.tokens, flight.sequences, flight.requests) == (0.0, 0, 0)
+
+
+def test_more_slots_are_kept_where_more_sequences_end_in_a_step() -> None:
+    flight = InFlight(Capacity(256, None))
+    flight.resize(1)
+    assert flight.sequences_limit() - flight.sequences_limit(keep=True) == 1
+    flight.turnover(48.0)
+    # In a step 256 / 48 end, and their successors travel.
+    assert flight.sequences_limit() == 261
+    assert flight.sequences_limit(keep=True) == 256
+    flight.turnover(16.0)
+    assert flight.sequences_limit(keep=True) == 272 - 6  # never more than a fortieth of all is kept
+    flight.divide(2)
+    assert flight.sequences_limit(keep=True) == (272 - 6) // 2
 
 
 def test_tokens_bind_and_one_that_is_larger_than_all_is_not_kept_out() -> None:
