@@ -26,6 +26,8 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
+from serving.admission.gateway_part import GatewayPart
+
 # vLLM's own default for most devices.
 DEFAULT_SEQUENCES = 256
 RESERVE = 1 / 64
@@ -65,10 +67,8 @@ class InFlight:
         self._per_replica = per_replica
         self._first_byte_s = first_byte_s
         self._replicas = 0
-        self._gateways = 1
-        self._others_tokens = 0.0
-        self._others_sequences = 0.0
-        self._shared = False
+        self._tokens_part = GatewayPart()
+        self._sequences_part = GatewayPart()
         self._ends_per_step = 0.0
         self.factor = 1.0
         self.tokens = 0.0
@@ -96,16 +96,22 @@ class InFlight:
 
     def divide(self, gateways: int) -> None:
         """Take how many gateways, this one included, give to the same engines."""
-        self._gateways = max(1, gateways)
+        self._tokens_part.divide(gateways)
+        self._sequences_part.divide(gateways)
 
-    def others(self, tokens: float, sequences: float) -> None:
-        """Take what other gateways have in flight: what they leave is ours beyond our own part."""
-        self._shared = True
-        self._others_tokens, self._others_sequences = tokens, sequences
+    def others(self, tokens: float, sequences: float, *, wanted: bool) -> None:
+        """Take what other gateways have in flight, and whether one of them has less than its part and wants more."""
+        self._tokens_part.heard(tokens, self.tokens, self._whole_tokens(), wanted=wanted)
+        self._sequences_part.heard(sequences, self.sequences, self._whole_sequences(), wanted=wanted)
+
+    def wants(self, *, somebody_waits: bool) -> bool:
+        """Whether others are not to borrow of this gateway's part."""
+        return self._sequences_part.wants(self.sequences, self._whole_sequences(), somebody_waits=somebody_waits)
 
     def alone(self) -> None:
         """Nothing is known of other gateways any more."""
-        self._shared = False
+        self._tokens_part.alone()
+        self._sequences_part.alone()
 
     # -- requests
 
@@ -142,25 +148,26 @@ class InFlight:
 
     def sequences_limit(self, *, keep: bool = False) -> int:
         """The most sequences of this gateway; `keep`: less what is kept for tenants with little in flight."""
+        whole, factor = self._whole_sequences(), min(1.0, self.factor)
+        most = self._sequences_part.of(whole) * factor
+        if not keep or most < LEAST_FOR_RESERVE:
+            return max(self._replicas or 1, int(most))
         computed = self._capacity.sequences * self._replicas
-        ends = computed * self._ends_per_step
-        whole = self._own(computed + ends, self._others_sequences) * min(1.0, self.factor)
-        least = self._replicas or 1
-        if not keep or whole < LEAST_FOR_RESERVE:
-            return max(least, int(whole))
-        kept = min(1.0 + DEVIATIONS * math.sqrt(ends), MOST_KEPT * computed)
-        rest = self._own(computed + ends - kept, self._others_sequences) * min(1.0, self.factor)
-        return min(round(rest), int(whole) - 1)
+        kept = min(1.0 + DEVIATIONS * math.sqrt(computed * self._ends_per_step), MOST_KEPT * computed)
+        return min(round(self._sequences_part.of(whole - kept) * factor), int(most) - 1)
 
     def tokens_limit(self, part: float = 1.0) -> float | None:
         """The most tokens of this gateway; None: unbounded."""
-        kv_tokens = self._capacity.kv_tokens
-        if kv_tokens is None:
+        if self._capacity.kv_tokens is None:
             return None
-        return self._own(kv_tokens * self._replicas, self._others_tokens) * self.factor * part
+        return self._tokens_part.of(self._whole_tokens()) * self.factor * part
 
-    def _own(self, whole: float, others: float) -> float:
-        return max(whole / self._gateways, whole - others) if self._shared else whole / self._gateways
+    def _whole_sequences(self) -> float:
+        """All that engines compute at a time, and what travels to them meanwhile."""
+        return self._capacity.sequences * self._replicas * (1.0 + self._ends_per_step)
+
+    def _whole_tokens(self) -> float:
+        return float((self._capacity.kv_tokens or 0) * self._replicas)
 
     # -- what is seen
 

@@ -3,8 +3,8 @@
 Ten times a second while there is anything to tell, a gateway writes its totals of each busy model and reads those of
 the others, in one round trip. What others gave is added to its own counters, so a tenant that is served at one gateway
 has that counted at all; who waits or is served elsewhere counts as present when another tenant comes; and of what
-engines compute at a time a gateway takes what the others leave, at least its own part. The bound on the difference
-between two tenants' service grows by what engines give in SHARE_EVERY_S and a round trip, twice.
+engines compute at a time a gateway takes its part and borrows what the others leave (`gateway_part`). The bound on the
+difference between two tenants' service grows by what engines give in SHARE_EVERY_S and a round trip, twice.
 
 Without Redis, or while it does not answer, every gateway is fair by itself, and each gives its part.
 
@@ -44,6 +44,7 @@ class _Other:
     heard_s: float
     tokens: float = 0.0
     sequences: float = 0.0
+    wants: bool = False
     active: frozenset[str] = frozenset()
     service: dict[str, float] = field(default_factory=dict)
 
@@ -111,6 +112,7 @@ class SharedService:
                 "turn": self._turn,
                 "tokens": round(hold.in_flight.tokens, 1),
                 "sequences": hold.in_flight.sequences,
+                "wants": hold.in_flight.wants(somebody_waits=bool(hold.queue)),
                 "active": [lane.tenant for lane in hold.queue.lanes() if lane.waiting or lane.in_flight],
                 "service": {lane.tenant: round(lane.service, 1) for lane in hold.queue.lanes()},
             }
@@ -134,6 +136,7 @@ class SharedService:
             # What another has in flight goes up and down as sequences end; what it leaves for a moment it takes again.
             other.tokens = max(float(record["tokens"]), LETS_GO * other.tokens)
             other.sequences = max(float(record["sequences"]), LETS_GO * other.sequences)
+            other.wants = bool(record["wants"])
             other.active = frozenset(record["active"])
             for tenant, service in record["service"].items():
                 hold.queue.charge_elsewhere(tenant, service - other.service.get(tenant, 0.0))
@@ -143,7 +146,11 @@ class SharedService:
             del others[name]
         heard = [other for other in others.values() if now_s - other.heard_s <= SILENT_S]
         hold.queue.elsewhere(tenant for other in heard for tenant in other.active)
-        hold.in_flight.others(sum(other.tokens for other in heard), sum(other.sequences for other in heard))
+        hold.in_flight.others(
+            sum(other.tokens for other in heard),
+            sum(other.sequences for other in heard),
+            wanted=any(other.wants for other in heard),
+        )
         hold.look_again()
         return gone
 

@@ -241,10 +241,11 @@ def test_as_much_is_in_flight_as_the_engines_compute() -> None:
     assert flight.room(50, 1, reserve=True)
     flight.divide(2)
     assert not flight.room(50, 1, reserve=True)
-    # What other gateways leave is ours.
-    flight.others(0.0, 0)
+    # What other gateways leave is ours, in ten turns.
+    for _ in range(10):
+        flight.others(0.0, 0, wanted=False)
     assert flight.room(50, 1, reserve=True)
-    flight.others(0.0, 40)
+    flight.others(0.0, 40, wanted=False)
     assert not flight.room(50, 1, reserve=True)
     flight.alone()
     for _ in range(taken):
