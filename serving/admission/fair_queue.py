@@ -204,6 +204,11 @@ class FairQueue(Generic[W]):
         """Every tenant that was ever here; a copy, because metrics are read by another thread."""
         return list(self._lanes.values())
 
+    def counts(self, tenant: str) -> tuple[int, int]:
+        """A tenant's requests that wait, and those in flight."""
+        lane = self._lanes.get(tenant)
+        return (0, 0) if lane is None else (len(lane.waiting), lane.in_flight)
+
     def lag(self, lane: Lane[W]) -> float:
         """How much weighted service a tenant has had beyond the one of its class that is served next."""
         return lane.counter - min((o.counter for o in list(lane.group.active.values())), default=lane.counter)

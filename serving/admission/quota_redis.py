@@ -14,16 +14,23 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from serving.admission.quota_store import CONCURRENT_WAIT_S, Demand, Verdict, periods, until_next
+from serving.admission.quota_store import (
+    CONCURRENT_WAIT_S,
+    Demand,
+    QuotaStanding,
+    Verdict,
+    periods,
+    until_next,
+)
 from serving.admission.redis_link import RedisLink
-from serving.config import LIMITS
+from serving.config import LIMITS, QuotaConfig
 
 LEASE_S = 60
 DAY_LIFE_S, MONTH_LIFE_S = 3 * 86400, 62 * 86400
 
-_RESERVE: Final = """
+_STANDING: Final = """
 -- KEYS: requests, tokens, leases, day, month. ARGV: limits of requests, tokens, concurrent, day, month (0: none),
--- tokens asked for, lease, the lease's life in s, the budgets' lives in s
+-- tokens asked for; to reserve also: lease, the lease's life in s, the budgets' lives in s
 local t = redis.call('TIME')
 local now = tonumber(t[1])
 local at = now + tonumber(t[2]) / 1e6
@@ -70,7 +77,22 @@ if limit[3] > 0 then
 end
 if limit[4] > 0 then day = tonumber(redis.call('GET', KEYS[4]) or 0) end
 if limit[5] > 0 then month = tonumber(redis.call('GET', KEYS[5]) or 0) end
+local function ms(s) if s < 0 then return -1 end return math.ceil(s * 1000) end
+local function answer(refused, wait)
+  return {refused, ms(wait), requests.sum, ms(requests.reset), tokens.sum, ms(tokens.reset), running, day, month, now}
+end
+"""
 
+_LOOK: Final = (
+    _STANDING
+    + """
+return answer(0, 0)
+"""
+)
+
+_RESERVE: Final = (
+    _STANDING
+    + """
 local refused, wait = 0, 0
 if limit[5] > 0 and month + asked > limit[5] then refused = 5
 elseif limit[4] > 0 and day + asked > limit[4] then refused = 4
@@ -99,9 +121,9 @@ if refused == 0 then
   if limit[4] > 0 then day = redis.call('INCRBY', KEYS[4], asked) redis.call('EXPIRE', KEYS[4], ARGV[9]) end
   if limit[5] > 0 then month = redis.call('INCRBY', KEYS[5], asked) redis.call('EXPIRE', KEYS[5], ARGV[10]) end
 end
-local function ms(s) if s < 0 then return -1 end return math.ceil(s * 1000) end
-return {refused, ms(wait), requests.sum, ms(requests.reset), tokens.sum, ms(tokens.reset), running, day, month, now}
+return answer(refused, wait)
 """
+)
 
 _SETTLE: Final = """
 -- KEYS as above. ARGV: 1 for each limit that is set, else 0; lease, second, tokens beyond the estimate, 1 for a refund
@@ -142,7 +164,8 @@ class RedisStore:
         """`wall_s` says only which day and month it is."""
         self._link = link
         self._wall_s = wall_s
-        self._reserve, self._settle, self._renew = (link.redis.register_script(s) for s in (_RESERVE, _SETTLE, _RENEW))
+        scripts = (_RESERVE, _SETTLE, _RENEW, _LOOK)
+        self._reserve, self._settle, self._renew, self._look = (link.redis.register_script(s) for s in scripts)
 
     async def reserve(self, demand: Demand) -> Verdict:
         """Count a request if every limit has room for it, else count nothing."""
@@ -151,29 +174,14 @@ class RedisStore:
         limits = [limit or 0 for limit in demand.quota.by_limit.values()]
         args = [*limits, demand.tokens, demand.lease, LEASE_S, DAY_LIFE_S, MONTH_LIFE_S]
         keys = _keys(demand.tenant, day, month)
-        found = await self._link.call(lambda _: self._reserve(keys=keys, args=args))
-        refused, wait_ms, *rest = (int(value) for value in found)
-        requests, requests_ms, tokens, tokens_ms, running, by_day, by_month, second = rest
-        limit = LIMITS[refused - 1] if refused else None
-        wait_s: float | None = None if wait_ms < 0 else wait_ms / 1000
-        if limit == "concurrent":
-            wait_s = CONCURRENT_WAIT_S
-        elif limit in {"day", "month"}:
-            wait_s = until_next(now_s, "day" if limit == "day" else "month")
-        return Verdict(
-            limit,
-            wait_s,
-            requests,
-            requests_ms / 1000,
-            tokens,
-            tokens_ms / 1000,
-            running,
-            by_day,
-            by_month,
-            second,
-            day,
-            month,
-        )
+        return _verdict(await self._link.call(lambda _: self._reserve(keys=keys, args=args)), now_s)
+
+    async def look(self, tenant: str, quota: QuotaConfig) -> QuotaStanding:
+        """Where a tenant stands, nothing counted."""
+        now_s = self._wall_s()
+        keys, args = _keys(tenant, *periods(now_s)), [*(limit or 0 for limit in quota.by_limit.values()), 0]
+        found = await self._link.call(lambda _: self._look(keys=keys, args=args))
+        return QuotaStanding.of(quota, _verdict(found, now_s), now_s)
 
     async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
         """A request has ended."""
@@ -198,6 +206,33 @@ class RedisStore:
 
     async def _keep(self, key: str, args: list[Any]) -> None:
         await self._link.call(lambda _: self._renew(keys=[key], args=args))
+
+
+def _verdict(found: Iterable[Any], now_s: float) -> Verdict:
+    """A script's answer."""
+    day, month = periods(now_s)
+    refused, wait_ms, *rest = (int(value) for value in found)
+    requests, requests_ms, tokens, tokens_ms, running, by_day, by_month, second = rest
+    limit = LIMITS[refused - 1] if refused else None
+    wait_s: float | None = None if wait_ms < 0 else wait_ms / 1000
+    if limit == "concurrent":
+        wait_s = CONCURRENT_WAIT_S
+    elif limit in {"day", "month"}:
+        wait_s = until_next(now_s, "day" if limit == "day" else "month")
+    return Verdict(
+        limit,
+        wait_s,
+        requests,
+        requests_ms / 1000,
+        tokens,
+        tokens_ms / 1000,
+        running,
+        by_day,
+        by_month,
+        second,
+        day,
+        month,
+    )
 
 
 def _keys(tenant: str, day: str, month: str) -> list[Any]:

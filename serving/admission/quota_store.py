@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -80,6 +80,31 @@ class Verdict:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class QuotaStanding:
+    """Of each limit that is set, how much is used, requests under way by their estimates.
+
+    `resets_s`: until nothing of that counts any more; None: when running requests end.
+    """
+
+    used: Mapping[Limit, int]
+    resets_s: Mapping[Limit, float | None]
+
+    @classmethod
+    def of(cls, quota: QuotaConfig, verdict: Verdict, now_s: float) -> QuotaStanding:
+        """As a verdict of this moment (seconds since the epoch) has it."""
+        return cls(
+            {limit: verdict.used[limit] for limit, most in quota.by_limit.items() if most is not None},
+            {
+                "requests": verdict.requests_reset_s,
+                "tokens": verdict.tokens_reset_s,
+                "concurrent": None,
+                "day": until_next(now_s, "day"),
+                "month": until_next(now_s, "month"),
+            },
+        )
+
+
 class QuotaStore(Protocol):
     """Where quotas are counted."""
 
@@ -88,6 +113,9 @@ class QuotaStore(Protocol):
 
     async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
         """A request has ended; `refund`: it is to count as none. StoreDown where the store is away."""
+
+    async def look(self, tenant: str, quota: QuotaConfig) -> QuotaStanding:
+        """Where a tenant stands, nothing counted; StoreDown where the store is away."""
 
 
 class StoreDown(Exception):
@@ -179,20 +207,15 @@ class MemoryStore:
             if quota.concurrent_requests is not None:
                 counted.leases.add(demand.lease)
             self._spend(demand.tenant, demand, day, month, demand.tokens)
-        return Verdict(
-            refused,
-            wait_s,
-            counted.requests.total,
-            counted.requests.reset_s(now_s),
-            counted.tokens.total,
-            counted.tokens.reset_s(now_s),
-            len(counted.leases),
-            counted.budgets.get(day, 0),
-            counted.budgets.get(month, 0),
-            second,
-            day,
-            month,
-        )
+        return _verdict(counted, now_s, refused, wait_s)
+
+    async def look(self, tenant: str, quota: QuotaConfig) -> QuotaStanding:
+        """Where a tenant stands, nothing counted."""
+        now_s = self._wall_s()
+        counted = self._tenants.get(tenant) or _Tenant()
+        counted.requests.advance(int(now_s))
+        counted.tokens.advance(int(now_s))
+        return QuotaStanding.of(quota, _verdict(counted, now_s, None, 0.0), now_s)
 
     async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
         """A request has ended."""
@@ -250,6 +273,24 @@ class MemoryStore:
         self._dirty = True
         if self._wall_s() - self._saved_s >= SAVE_EVERY_S:
             self.save()
+
+
+def _verdict(counted: _Tenant, now_s: float, refused: Limit | None, wait_s: float | None) -> Verdict:
+    day, month = periods(now_s)
+    return Verdict(
+        refused,
+        wait_s,
+        counted.requests.total,
+        counted.requests.reset_s(now_s),
+        counted.tokens.total,
+        counted.tokens.reset_s(now_s),
+        len(counted.leases),
+        counted.budgets.get(day, 0),
+        counted.budgets.get(month, 0),
+        int(now_s),
+        day,
+        month,
+    )
 
 
 def periods(now_s: float) -> tuple[str, str]:

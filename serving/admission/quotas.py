@@ -22,7 +22,7 @@ import structlog
 
 from serving.admission.estimates import Cost
 from serving.admission.quota_redis import LEASE_S, RedisStore
-from serving.admission.quota_store import Demand, MemoryStore, QuotaStore, StoreDown, Verdict
+from serving.admission.quota_store import Demand, MemoryStore, QuotaStanding, QuotaStore, StoreDown, Verdict
 from serving.admission.redis_link import RedisLink
 from serving.admission.ticket import Ticket, Work
 from serving.config import MEMORY, GalerneConfig, Limit, OnOutage, QuotaConfig, TenantConfig
@@ -158,6 +158,14 @@ class Quotas:
         task = asyncio.get_running_loop().create_task(self._settle(charge, used, refund=refund))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
+
+    async def standing(self, tenant: str) -> tuple[QuotaConfig, QuotaStanding | None]:
+        """A tenant's limits and how much of them is used; None while the store that gateways share is away."""
+        quota = self._limited.get(tenant, QuotaConfig())
+        store: QuotaStore = self._memory if self._shared is None else self._shared
+        with suppress(StoreDown):
+            return quota, await store.look(tenant, quota)
+        return quota, None
 
     async def settled(self) -> None:
         """Return when all that has ended is charged."""

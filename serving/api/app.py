@@ -39,10 +39,12 @@ from serving.api.ops import PATHS as OPS
 from serving.api.ops import Ops
 from serving.api.relay import CutAnswer, Exchange, Relay
 from serving.api.upstream import Pool
+from serving.api.usage import TenantUsage
 from serving.api.watch import Watch
 from serving.cluster import edge
 from serving.config import GalerneConfig
 from serving.errors import BadRequest, HeadersTooLarge, MethodNotAllowed, NotFound, RequestError, Unavailable
+from serving.metering.asking import LedgerQuestions
 from serving.metering.ledger import Ledger
 from serving.metrics.gateway import GatewayMetrics
 from serving.routing.health import Health
@@ -134,6 +136,8 @@ class Gateway:
         if ledger is not None:
             self._billing = Billing(ledger, self._pool, engine_token=engine_token, clock=clock, on_row=metrics.billed)
             metrics.watch_ledger(ledger.state)
+        questions = None if ledger is None else LedgerQuestions(ledger.settings)
+        self._usage = TenantUsage(questions, self.quotas, self.hold, wall=wall, clock=clock)
         metrics.watch(self.replicas, self.hold)
         metrics.watch_ejections(self.health)
         self._tracer = None if config.tracing is None else tracing.tracer(config.tracing)
@@ -179,6 +183,7 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         self.quotas.close()
+        self._usage.close()
         if self._billing is not None and self._ledger is not None:
             self._billing.close()
             self._ledger.close()
@@ -361,6 +366,8 @@ class Gateway:
 
     async def _own(self, call: Call, identity: Identity) -> int:
         path = call.path
+        if path == routes.USAGE:
+            return await self._used(call, identity)
         if path == routes.MODELS:
             identity.require("models")
             content: dict[str, Any] = self._catalogue.listing(identity)
@@ -380,6 +387,13 @@ class Gateway:
         if call.method != "GET":
             raise MethodNotAllowed(f"{path} takes GET.")
         return await call.answer_json(200, content)
+
+    async def _used(self, call: Call, identity: Identity) -> int:
+        call.route = routes.USAGE
+        identity.require("usage")
+        if call.method != "GET":
+            raise MethodNotAllowed(f"{routes.USAGE} takes GET.")
+        return await call.answer(await self._usage.answer(identity, call.scope["query_string"]))
 
 
 def _tokens(config: GalerneConfig, metrics: GatewayMetrics) -> TokenDoor:

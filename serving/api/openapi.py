@@ -15,7 +15,7 @@ import msgspec
 from serving import __version__
 from serving.admission import shapes
 from serving.admission.bounds import REFUSED, BodyKind
-from serving.api import routes
+from serving.api import routes, usage
 
 _BODIES: Final[dict[BodyKind, tuple[type[msgspec.Struct], tuple[str, ...]]]] = {
     BodyKind.CHAT: (shapes.Chat, ("model", "messages")),
@@ -67,6 +67,15 @@ _OWN: Final = {
     routes.VERSION: "Galerne's version.",
     routes.OPENAPI: "This document.",
 }
+_USAGE: Final = "What the key's tenant used, what is left of its quota, and what of it waits; for the scope 'usage'."
+_MOMENT: Final = {
+    "oneOf": [
+        {"type": "string", "format": "date"},
+        {"type": "string", "format": "date-time"},
+        {"type": "integer", "minimum": 0, "maximum": 10**usage.SECONDS_LENGTH - 1},
+    ]
+}
+_COUNT: Final = {"type": "integer", "minimum": 0}
 
 
 @cache
@@ -79,6 +88,7 @@ def document() -> dict[str, Any]:
         schemas[struct.__name__]["description"] = f"What the gateway reads of a {kind} body; the engine reads it too."
     paths: dict[str, Any] = {path: {"post": _relayed(route)} for path, route in routes.RELAYED.items()}
     paths |= {path: {"get": _operation(summary)} for path, summary in _OWN.items()}
+    paths[routes.USAGE] = {"get": _usage()}
     one = _operation("One model; an id may hold a slash.")
     one["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
     paths[routes.MODEL_PREFIX + "{id}"] = {"get": one}
@@ -118,6 +128,58 @@ def _relayed(route: routes.EngineRoute) -> dict[str, Any]:
     # The engine's answer, or with `stream` its events.
     found["responses"]["200"]["content"]["text/event-stream"] = {}
     return found
+
+
+def _usage() -> dict[str, Any]:
+    more = {400: "A parameter that is not known or out of bounds.", 429: "One question of a tenant at a time."}
+    found = _operation(_USAGE, more)
+    found["parameters"] = [
+        _parameter("from", "Requests that began at or after it; absent: the month's beginning.", _MOMENT),
+        _parameter("to", "Requests that began before it; absent: now.", _MOMENT),
+        _parameter("model", "Of these models alone.", _several({"type": "string", "minLength": 1}, usage.MOST_MODELS)),
+        _parameter("group_by", "Absent: totals.", _several({"enum": list(usage.GROUPS)}, len(usage.GROUPS))),
+    ]
+    result = _object(
+        dict.fromkeys(usage.RESULT_COUNTS, _COUNT) | {name: _or_null("string") for name in ("model", "api_key_id")}
+    )
+    bucket = _object({"start_time": _COUNT, "end_time": _COUNT, "results": {"type": "array", "items": result}})
+    limit = _object(
+        {
+            "limit": _COUNT,
+            "used": _or_null("integer"),
+            "remaining": _or_null("integer"),
+            "resets_in_s": _or_null("number"),
+        }
+    )
+    lane = {"waiting": _COUNT, "in_flight": _COUNT}
+    models = {"type": "array", "items": _object({"model": {"type": "string"}} | lane)}
+    page = _object(
+        {
+            "object": {"const": "page"},
+            "data": {"type": "array", "items": bucket},
+            "covers": {"enum": ["cluster", "host"]},
+            "quota": {"type": "object", "additionalProperties": limit},
+            "queue": _object(lane | {"models": models}),
+        }
+    )
+    found["responses"]["200"]["content"] = _json(page)
+    return found
+
+
+def _parameter(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": description, "schema": schema}
+
+
+def _several(item: dict[str, Any], most: int) -> dict[str, Any]:
+    return {"type": "array", "items": item, "minItems": 1, "maxItems": most}
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _or_null(kind: str) -> dict[str, Any]:
+    return {"type": [kind, "null"]}
 
 
 def _operation(summary: str, more: dict[int, str] | None = None) -> dict[str, Any]:

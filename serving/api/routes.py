@@ -55,8 +55,10 @@ MODEL_PREFIX = "/v1/models/"
 LIVE = "/health/live"
 READY = "/health/ready"
 VERSION = "/version"
+# What the key's own tenant used.
+USAGE = "/v1/usage"
 # For administrators, by POST: which replica a request would go to, and why.
 EXPLAIN = "/ops/route"
 OPENAPI = "/v1/openapi.json"
 # Answered by the gateway itself, by GET.
-OWN: frozenset[str] = frozenset({MODELS, LIVE, READY, VERSION, OPENAPI})
+OWN: frozenset[str] = frozenset({MODELS, LIVE, READY, VERSION, OPENAPI, USAGE})

@@ -10,7 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, date, datetime
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +25,7 @@ from serving.config import ENV_LEDGER_DIR, LedgerConfig
 from serving.config_file import load
 from serving.engine.work import ACCOUNTS
 from serving.errors import ClusterError
+from serving.metering.moments import MOMENTS, moment
 from serving.metering.reconcile import Evidence, Tokens, Verdict, counters, verdict
 from serving.metering.settings import LedgerSettings, settings
 from serving.metering.spill import Spill
@@ -64,7 +65,6 @@ PortOption = Annotated[int, typer.Option(help="Port of the cluster on this machi
 ConfigOption = Annotated[
     Path | None, typer.Option(help="Configuration file that names the ledger (or set GALERNE_LEDGER_URL).")
 ]
-MOMENTS = "a day (2026-11-01) or a moment (2026-11-01T12:00:00+01:00); UTC where it has no zone"
 
 
 @app.callback(invoke_without_command=True)
@@ -232,13 +232,9 @@ def _moment(text: str | None) -> datetime | None:
     if text is None:
         return None
     try:
-        if len(text) == len("2026-11-01"):
-            day = date.fromisoformat(text)
-            return datetime(day.year, day.month, day.day, tzinfo=UTC)
-        found = datetime.fromisoformat(text)
+        return moment(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not {MOMENTS}") from None
-    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 def _print(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], shape: Format) -> None:

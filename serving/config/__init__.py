@@ -9,7 +9,15 @@ from serving.config.autoscaling import DAYS, AutoscalingConfig, CapacityConfig, 
 from serving.config.base import MODEL_ID, NAME, SHA256, Frozen, Misplaced, PositiveInt, Seconds
 from serving.config.fake import FakeEngineConfig, FakeFaults
 from serving.config.faults import GatewayFaultsConfig, ModelFaultsConfig
-from serving.config.keys import SCOPES, AdminConfig, CredentialConfig, KeyConfig, Networks, Scope
+from serving.config.keys import (
+    DEFAULT_SCOPES,
+    SCOPES,
+    AdminConfig,
+    CredentialConfig,
+    KeyConfig,
+    Networks,
+    Scope,
+)
 from serving.config.ledger import ENV_LEDGER_DIR, ENV_LEDGER_URL, LedgerConfig, known_ledger_url
 from serving.config.limits import LimitsConfig, TenantLimitsConfig
 from serving.config.listen import GatewayConfig, GatewayReplicasConfig, ListenConfig
@@ -34,6 +42,7 @@ from serving.config.tracing import TracingConfig
 
 __all__ = [
     "DAYS",
+    "DEFAULT_SCOPES",
     "ENV_LEDGER_DIR",
     "ENV_LEDGER_URL",
     "LIMITS",

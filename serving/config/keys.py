@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from datetime import UTC, date, datetime, time, timedelta
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AwareDatetime, Field, IPvAnyNetwork, field_validator
 
 from serving.config.base import NAME, SHA256, Frozen
 
 # What a tenant's key or token may open. Administration is none of them: no tenant can be given it.
-Scope = Literal["inference", "models"]
-SCOPES: Final[tuple[Scope, ...]] = ("inference", "models")
+Scope = Literal["inference", "models", "usage"]
+SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
+# Of a key that names none. `usage` is not among them: it tells what the whole tenant uses, under all of its keys, which
+# a key in some application has no need to know; and a key opens no more after an upgrade than it was given out for.
+DEFAULT_SCOPES: Final[tuple[Scope, ...]] = ("inference", "models")
 ISO_DATE_LENGTH: Final = len("2027-01-31")
 Networks = tuple[IPvAnyNetwork, ...]
 
@@ -63,7 +66,7 @@ class KeyConfig(CredentialConfig):
     """One API key of a tenant."""
 
     # What it opens; what is not named stays shut.
-    scopes: Annotated[tuple[Scope, ...], Field(min_length=1)] = SCOPES
+    scopes: Annotated[tuple[Scope, ...], Field(min_length=1)] = DEFAULT_SCOPES
     # Of the tenant's models those it may use; absent: all of them.
     models: tuple[str, ...] | None = None
 

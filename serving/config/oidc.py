@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from serving.config.base import NAME, Frozen, Misplaced, Seconds
-from serving.config.keys import Scope
+from serving.config.keys import DEFAULT_SCOPES, Scope
 
 # Signatures that a public key checks. `none` and shared secrets (HS*) cannot be named: who checks one could make one.
 Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
@@ -38,7 +38,7 @@ class OidcConfig(Frozen):
     scopes_claim: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     # The claim's values and the scopes they stand for; absent: they are called as here. Others open nothing.
     scopes: dict[str, Scope] | None = None
-    default_scopes: tuple[Scope, ...] = ("inference", "models")
+    default_scopes: tuple[Scope, ...] = DEFAULT_SCOPES
     # A longer token is not looked at. All headers together have `limits.header_bytes`.
     max_token_bytes: Annotated[int, Field(ge=256, le=15 * 1024)] = 6 * 1024
     # How often the keys are asked for; sooner where a token names one that is not known.

@@ -60,7 +60,7 @@ class Ledger:
         """`gateway_id`: unique among all gateways that ever were. `program` None: somebody else empties the spill."""
         self.gateway_id = gateway_id
         self.flush_s = settings.flush_s
-        self._settings = settings
+        self.settings = settings
         self._spill = Spill(settings.spill_dir)
         self._now = now
         self._program = program
@@ -102,7 +102,7 @@ class Ledger:
             self._thread = None
 
     def _run(self) -> None:
-        while not self._ended.wait(self._settings.flush_s / 2):
+        while not self._ended.wait(self.settings.flush_s / 2):
             self._tick()
         self._tick()
         self._stop_writer()
@@ -134,7 +134,7 @@ class Ledger:
 
     def _look(self, batches: list[Batch]) -> None:
         size = sum(batch.size_bytes for batch in batches)
-        self._full = size >= self._settings.spill_bytes
+        self._full = size >= self.settings.spill_bytes
         if self._dropped:
             self._complain("too many rows of usage wait in memory: usage is LOST", rows=self._dropped)
         self._state = LedgerState(
@@ -163,7 +163,7 @@ class Ledger:
         self._writer = subprocess.Popen(  # noqa: S603 - this interpreter, a constant program
             [sys.executable, *self._program], stdin=subprocess.PIPE, start_new_session=True
         )
-        told = {"url": self._settings.url, "spill_dir": str(self._settings.spill_dir)}
+        told = {"url": self.settings.url, "spill_dir": str(self.settings.spill_dir)}
         if self._writer.stdin is not None:
             # The pipe stays open: its end tells the writer that this gateway is gone.
             self._writer.stdin.write(json.dumps(told).encode() + b"\n")

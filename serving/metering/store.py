@@ -1,12 +1,14 @@
-"""The ledger's database: one table, on SQLite or PostgreSQL alike. Imported by the writer and by `galerne usage` only.
+"""The ledger's database: one table, on SQLite or PostgreSQL alike. Imported by writer, reader and `galerne usage` only.
 
 Promises: a row that is inserted twice is there once; what `insert` returned from is on the database's disk.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -21,6 +23,9 @@ SQLITE_WAIT_S: Final = 30
 CONNECT_S: Final = 5
 IDS_AT_ONCE: Final = 500
 STATEMENT_MS: Final = 60_000
+# Steps of SQLite's machine between two looks at the clock: a millisecond.
+PROGRESS_STEPS: Final = 20_000
+QUERY_CANCELED: Final = "57014"
 
 
 class Utc(sa.types.TypeDecorator[datetime]):
@@ -85,6 +90,30 @@ def connect(url: str) -> Engine:
     return engine
 
 
+def missing_file(url: str) -> str | None:
+    """The file of a SQLite ledger that is not there; to connect makes it, empty."""
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() != "sqlite" or parsed.database is None or Path(parsed.database).exists():
+        return None
+    return parsed.database
+
+
+def bound(connection: Connection, seconds: float) -> None:
+    """End statements of this connection's transaction that take longer, counted from now; `took_too_long` tells."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.text(f"SET LOCAL statement_timeout = {max(1, int(seconds * 1000))}"))
+        return
+    deadline_s = time.monotonic() + seconds
+    raw: Any = connection.connection.driver_connection
+    raw.set_progress_handler(lambda: time.monotonic() > deadline_s, PROGRESS_STEPS)
+
+
+def took_too_long(error: Exception) -> bool:
+    """Whether a statement was ended by `bound`."""
+    original = getattr(error, "orig", None)
+    return getattr(original, "sqlstate", None) == QUERY_CANCELED or str(original) == "interrupted"
+
+
 def reason(error: Exception) -> str:
     """The driver's own first line; SQLAlchemy's text repeats the statement and its rows."""
     lines = str(getattr(error, "orig", None) or error).strip().splitlines()
@@ -105,8 +134,13 @@ def totals(
     tenant: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
+    models: Sequence[str] = (),
+    limit: int | None = None,
 ) -> list[Mapping[str, Any]]:
-    """Sums over rows that began in [since, until), grouped and ordered by columns, or `day` (UTC)."""
+    """Sums over rows that began in [since, until), grouped and ordered by columns, or `day` (UTC).
+
+    `models`: of these alone, where any are named; `limit`: so many groups at most.
+    """
     names: dict[str, sa.ColumnElement[Any]] = {
         name: (sa.func.date(USAGE.c.started_at) if name == "day" else USAGE.c[name]).label(name) for name in by
     }
@@ -121,10 +155,11 @@ def totals(
         None if tenant is None else c.tenant == tenant,
         None if since is None else c.started_at >= since,
         None if until is None else c.started_at < until,
+        c.model.in_(models) if models else None,
     ):
         if condition is not None:
             query = query.where(condition)
-    query = query.group_by(*names.values()).order_by(*names.values())
+    query = query.group_by(*names.values()).order_by(*names.values()).limit(limit)
     return [dict(row) for row in connection.execute(query).mappings()]
 
 

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from serving.cli import app
 from serving.metering import store
 from serving.metering.ledger import Ledger
+from serving.metering.questions import Question
+from serving.metering.reader import Reader
 from serving.metering.spill import Spill
 from serving.metering.writer import Writer
 from tests.postgres import PASSWORD, Postgres
@@ -78,6 +81,34 @@ def test_an_outage(postgres: Postgres, tmp_path: Path) -> None:
     writer.close()
     with reading(told.url) as connection:
         assert store.known(connection, [f"outage-{n}" for n in range(4)]) == {f"outage-{n}" for n in range(3)}
+
+
+def test_a_question_and_its_bounds(postgres: Postgres, tmp_path: Path) -> None:
+    spill = Spill(tmp_path / "spill")
+    spill.write([row(n, id=f"asked-{n}", tenant="asks", model=f"m{n % 2}") for n in range(6)], "a", NOW_S)
+    writer = Writer(spill, postgres.url, print)
+    assert writer.drain()
+    writer.close()
+    reader = Reader(postgres.url)
+    asked = Question(tenant="asks", since_s=int(NOW_S) - 1, until_s=int(NOW_S) + 1, by=("day", "model"))
+    found = reader.answer(asked).sums
+    assert [(s.day, s.model, s.requests, s.completion_tokens) for s in found] == [
+        ("2026-09-21", "m0", 3, 0 + 2 + 4),
+        ("2026-09-21", "m1", 3, 1 + 3 + 5),
+    ]
+    assert reader.answer(msgspec.structs.replace(asked, most_rows=1)).trouble == "many"
+    with reading(postgres.url) as connection:
+        connection.execute(store.sa.text("LOCK TABLE usage IN ACCESS EXCLUSIVE MODE"))
+        assert reader.answer(msgspec.structs.replace(asked, within_s=0.2)).trouble == "slow"
+    # The connection is good for the next one, and a new one is made after an outage.
+    assert reader.answer(asked).sums == found
+    postgres.stop()
+    reply = reader.answer(asked)
+    assert reply.trouble == "away"
+    assert PASSWORD not in reply.reason
+    postgres.start()
+    assert reader.answer(asked).sums == found
+    reader.close()
 
 
 def test_a_wrong_password_is_heard_of_and_not_said(postgres: Postgres, tmp_path: Path) -> None:

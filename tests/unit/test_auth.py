@@ -17,7 +17,7 @@ from serving.api.auth import Door, Identity, KeyRing, Refused, digest, new_key
 from serving.api.auth.denials import BURST, Denials
 from serving.api.auth.identity import MISSING, REFUSED, WRONG_SCHEME, NotAdmin
 from serving.api.auth.keys import MAX_KEY_BYTES
-from serving.config import SCOPES, GalerneConfig
+from serving.config import DEFAULT_SCOPES, SCOPES, GalerneConfig
 from serving.errors import Forbidden, Unauthenticated
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -76,7 +76,9 @@ def refusal(header: bytes | None, **when: Any) -> str:
 def test_a_known_key_is_let_in(scheme: bytes) -> None:
     identity = enter(scheme + PLAIN.encode() + b" ")
     assert (identity.tenant_id, identity.key_id, identity.models) == ("press", "newsroom", frozenset({"a", "b"}))
-    assert identity.scopes == frozenset(SCOPES)
+    assert identity.scopes == frozenset(DEFAULT_SCOPES)
+    # What the whole tenant uses is for keys that say so.
+    assert set(SCOPES) - identity.scopes == {"usage"}
 
 
 def test_a_tenants_limits_narrow_the_clusters() -> None:

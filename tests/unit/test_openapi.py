@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -20,10 +21,15 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from serving.api import routes
+from serving.api.auth import digest
 from serving.api.openapi import document
-from serving.config import FakeEngineConfig
+from serving.config import SCOPES, FakeEngineConfig
+from serving.metering.ledger import Ledger
+from serving.metering.settings import LedgerSettings
+from serving.metering.spill import Spill
+from serving.metering.writer import Writer
 from tests.unit.test_bounds import BASE
-from tests.unit.test_gateway import AUTH, rig
+from tests.unit.test_gateway import AUTH, KEY, rig
 
 # A real client may send nonsense of its own accord; what is found here comes from the document.
 EXAMPLES = 20
@@ -57,8 +63,9 @@ def test_it_is_a_document_of_its_version() -> None:
 class Served(threading.Thread):
     """The rig on an event loop of its own, for a client that has none."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
         super().__init__(daemon=True)
+        self.directory = directory
         self.url = ""
         self.ready, self.failed = threading.Event(), None
         self.stop = asyncio.Event()
@@ -75,7 +82,11 @@ class Served(threading.Thread):
 
     async def _serve(self) -> None:
         engine = FakeEngineConfig(decode_ms=0.01)
-        async with rig(engine, engine) as made:
+        told = LedgerSettings(f"sqlite:///{self.directory}/ledger.db", self.directory / "spill", 1.0, 2**24)
+        # The table is made; nobody writes to it here.
+        assert Writer(Spill(told.spill_dir), told.url, print).drain()
+        keys = [{"id": "a", "sha256": digest(KEY), "scopes": SCOPES}]
+        async with rig(engine, engine, ledger=Ledger(told, "g", program=None), tenant={"keys": keys}) as made:
             # Two engines, one for each model of the key.
             made.gateway.update_replicas("chat", made.endpoints[:1])
             made.gateway.update_replicas("acme/vectors", made.endpoints[1:])
@@ -85,8 +96,8 @@ class Served(threading.Thread):
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    served = Served()
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    served = Served(tmp_path_factory.mktemp("ledger"))
     served.start()
     assert served.ready.wait(20)
     assert served.url, served.failed

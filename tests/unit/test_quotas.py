@@ -170,6 +170,23 @@ async def test_settling_gives_back_what_was_not_used_and_charges_what_was(
 
 
 @both
+async def test_to_look_counts_nothing(kind: str, request: pytest.FixtureRequest) -> None:
+    limits = {"requests_per_minute": 9, "tokens_per_minute": 1000, "concurrent_requests": 5, "tokens_per_day": 5000}
+    quota = QuotaConfig(**limits)
+    async with store_of(kind, request) as store:
+        assert set((await store.look("acme", quota)).used.values()) == {0}
+        await store.reserve(demand(600, **limits))
+        for _ in range(2):
+            found = await store.look("acme", quota)
+            # What is not limited is not among them, and another tenant has used nothing.
+            assert found.used == {"requests": 1, "tokens": 600, "concurrent": 1, "day": 600}
+            assert (await store.look("other", quota)).used == dict.fromkeys(found.used, 0)
+        assert 59 < (found.resets_s["tokens"] or 0.0) <= WINDOW_S
+        assert 0 < (found.resets_s["day"] or 0.0) <= 86400
+        assert found.resets_s["concurrent"] is None
+
+
+@both
 async def test_what_can_never_fit_says_so(kind: str, request: pytest.FixtureRequest) -> None:
     async with store_of(kind, request) as store:
         verdict = await store.reserve(demand(2000, tokens_per_minute=1000))
