@@ -69,8 +69,12 @@ class Reader:
 
 
 def _sums(row: Mapping[str, Any]) -> Sums:
-    groups = {name: str(row[name]) for name in ("day", "model", "key_id") if name in row}
-    return Sums(**{name: int(row[name]) for name in _SUMS}, **groups)
+    return msgspec.convert(
+        {name: int(row[name]) for name in _SUMS}
+        # A day is a date on PostgreSQL and a text on SQLite.
+        | {name: str(row[name]) for name in ("day", "model", "key_id") if name in row},
+        Sums,
+    )
 
 
 def serve(reader: Reader, read: Callable[[], bytes], write: Callable[[bytes], None]) -> None:
