@@ -13,6 +13,7 @@ from helm.dashboards.panels import (
     REQUESTS_PER_S,
     SECONDS,
     SHARE,
+    THIRD,
     Dashboard,
     Panel,
     Query,
@@ -150,6 +151,7 @@ DASHBOARD = Dashboard(
                     " most of them. For long: Ray Serve takes them for healthy.",
                     REPLICAS,
                     query(f"max by (model) (galerne_replicas_ejected{{{MODEL}}})", "{{model}}"),
+                    width=THIRD,
                     alerts=("GalerneReplicasEjected",),
                 ),
                 Panel(
@@ -159,6 +161,16 @@ DASHBOARD = Dashboard(
                     EVENTS_PER_S,
                     query(rate("galerne_retries_total", "end", MODEL), "{{end}}"),
                     "stacked",
+                    width=THIRD,
+                ),
+                Panel(
+                    "Hedges",
+                    "Requests that a second replica got because the first was late (faults.hedge_after_s), by whose"
+                    " answer was relayed. Mostly first: it is set too short; neither: both failed, or clients left.",
+                    EVENTS_PER_S,
+                    query(rate("galerne_hedges_total", "won", MODEL), "{{won}}"),
+                    "stacked",
+                    width=THIRD,
                 ),
                 Panel(
                     "Requests shed by reason",

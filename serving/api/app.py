@@ -34,10 +34,12 @@ from serving.api.cache_salt import CacheSalts
 from serving.api.call import Call, refuse_other_protocols
 from serving.api.catalogue import Catalogue, version
 from serving.api.engine_facts import EngineFacts
+from serving.api.exchange import Exchange
 from serving.api.explain import Explainer, asked
+from serving.api.hedge import hedge_after_s
 from serving.api.ops import PATHS as OPS
 from serving.api.ops import Ops
-from serving.api.relay import CutAnswer, Exchange, Relay
+from serving.api.relay import CutAnswer, Relay
 from serving.api.upstream import Pool
 from serving.api.usage import TenantUsage
 from serving.api.watch import Watch
@@ -130,6 +132,7 @@ class Gateway:
             on_gap=metrics.gap,
             on_first=metrics.first_byte,
             on_retry=metrics.retried,
+            on_hedge=metrics.hedged,
         )
         self._billing: Billing | None = None
         self._ledger = ledger
@@ -302,6 +305,7 @@ class Gateway:
             asked=asked(route, facts, sent, identity.tenant_id, model.id, call.headers.get(SESSION_HEADER)),
             shows_route=self._is_admins(call),
             stream=facts.stream,
+            hedge_after_s=hedge_after_s(model, stream=facts.stream),
         )
         if identity.tenant_id not in self.quotas:
             return await self._accepted(call, exchange)

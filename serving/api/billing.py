@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import msgspec
 
 from serving.api.body import ClientLeft
-from serving.api.relay import Exchange
+from serving.api.exchange import Exchange
 from serving.api.upstream import Pool, UpstreamError
 from serving.engine.work import ACCOUNTS
 from serving.errors import RequestError

@@ -11,27 +11,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from random import Random
-from typing import Literal
 
-from serving.admission.bounds import RequestFacts
 from serving.admission.hold import Hold
-from serving.admission.ticket import Ticket
 from serving.api.body import ClientLeft, Receive, Send
 from serving.api.errors import sse_event
-from serving.api.retry import ERROR_EVENT, SERVER_ERROR, again_allowed, answered, failed_engine, is_server_error, lost
+from serving.api.exchange import Exchange, Sent
+from serving.api.hedge import Hedging
+from serving.api.retry import SERVER_ERROR, again_allowed, answered, failed_engine, is_failure, lost
 from serving.api.upstream import Connection, Pool, UpstreamError
 from serving.api.watch import Watch
 from serving.cluster.edge import ENGINE_TOKEN_HEADER
 from serving.errors import RateLimited, RequestError, Unavailable, UpstreamFailed
 from serving.metering.answers import EVENT_END, meter
 from serving.metering.best_known import best_known
-from serving.metering.usage import Usage
-from serving.routing.asked import Asked
 from serving.routing.health import Health
-from serving.routing.replicas import Endpoint, Lease, ReplicaSet
-from serving.routing.retry_budget import Turn
+from serving.routing.replicas import Lease, ReplicaSet
 
 TOKEN_HEADER = ENGINE_TOKEN_HEADER.encode()
 ROUTE_HEADER = b"x-galerne-route"
@@ -44,73 +39,9 @@ OK = 200
 # A line that every reader of server-sent events skips.
 KEEP_ALIVE = b": keep-alive\n\n"
 
-Outcome = Literal["completed", "rejected", "failed", "cancelled"]
-
 
 class CutAnswer(Exception):
     """Raised after a part of a non-streamed answer went out: the server must cut the connection."""
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One request under way: what the relay is told, and what it found out."""
-
-    model: str
-    path: str
-    body: bytes
-    request_id: str
-    started_s: float
-    tenant: str = ""
-    # The key's id, never the key.
-    key_id: str = ""
-    # What the gateway decides by; None where a test relays bytes alone.
-    facts: RequestFacts | None = None
-    # Whether an engine computes for it.
-    computes: bool = True
-    # What its replica is chosen by; None: by load alone.
-    asked: Asked | None = None
-    # An administrator wants to see why it went where it went.
-    shows_route: bool = False
-    # A whole header line for the engine, where requests are traced.
-    traceparent: bytes = b""
-    stream: bool = False
-    status: int = 0
-    first_byte_s: float | None = None
-    last_byte_s: float | None = None
-    # Events of a stream after those that came with its first bytes: one a token, by and large.
-    later_events: int = 0
-    sent_bytes: int = 0
-    # Set when the relay returns, however it ended: as the engine counted, or a guess where it has not said so.
-    usage: Usage | None = None
-    usage_exact: bool = False
-    # The engine that the request was sent to last, and what it is called there; empty: it was never sent.
-    engine: Endpoint | None = None
-    engine_request_id: str = ""
-    outcome: Outcome = "failed"
-    cut: bool = False
-    client_left: bool = False
-    # The answer's head went out while the request was held: from then on everything is an event.
-    head_sent: bool = False
-    # The replica that has it, those that lost it before they answered, and one that may only have met a bad request.
-    replica: str = ""
-    spent: frozenset[str] = frozenset()
-    suspect: str = ""
-    turn: Turn | None = field(default=None, repr=False)
-    waits_for_turn: bool = False
-    bound: asyncio.Timeout | None = field(default=None, repr=False)
-    ticket: Ticket | None = field(default=None, repr=False)
-    connection: Connection | None = field(default=None, repr=False)
-    lease: Lease | None = field(default=None, repr=False)
-
-    @property
-    def result(self) -> Outcome:
-        """How it ended: what was left unfinished because its client went is no failure."""
-        return "cancelled" if self.outcome != "completed" and self.client_left else self.outcome
-
-    @property
-    def named(self) -> str:
-        """What the client asked for by name: the model, or an adapter of it."""
-        return self.model if self.facts is None else self.facts.model
 
 
 class Relay:
@@ -133,6 +64,7 @@ class Relay:
         on_gap: Callable[[str, float], None],
         on_first: Callable[[Exchange, int], None],
         on_retry: Callable[[str, str, str], None],
+        on_hedge: Callable[[str, str], None],
     ) -> None:
         self._replicas = replicas
         self._pool = pool
@@ -148,6 +80,16 @@ class Relay:
         self._on_gap = on_gap  # (model, seconds between two chunks of a stream)
         self._on_first = on_first  # (exchange, the engine's status) at the first byte
         self._on_retry = on_retry  # (model, kind of failure, what came of it)
+        self._hedging = Hedging(
+            replicas,
+            pool,
+            health,
+            watch,
+            self._connect,
+            response_timeout_s=response_timeout_s,
+            on_failure=on_failure,
+            on_hedge=on_hedge,
+        )
 
     async def run(self, exchange: Exchange, receive: Receive, send: Send, headers: Headers) -> None:
         """Relay to the end; raises RequestError before the first byte, ClientLeft, or CutAnswer after it."""
@@ -156,6 +98,8 @@ class Relay:
             with self._health[exchange.model].budget:
                 async with asyncio.timeout(None) as exchange.bound:
                     sent = await self._send(exchange, send, headers)
+                    if exchange.hedge_after_s is not None:
+                        sent = await self._hedging.leader(exchange, *sent, exchange.hedge_after_s)
                     while (error := await self._attempt(exchange, *sent, send, headers)) is not None:
                         sent = await self._again(exchange, error)
         except RequestError as error:
@@ -210,10 +154,10 @@ class Relay:
 
         Why that is safe for a POST is `serving.api.retry`'s.
         """
-        exchange.waits_for_turn = True
+        exchange.waits = True
         end, exchange.turn = await again_allowed(self._health[exchange.model], exchange.spent, error.kind)
-        exchange.waits_for_turn = False
-        sent = None
+        exchange.waits = False
+        engine, request_id, sent = exchange.engine, exchange.engine_request_id, None
         if exchange.turn is not None and not exchange.client_left:
             with contextlib.suppress(Unavailable):
                 sent = await self._connect(exchange)
@@ -226,6 +170,8 @@ class Relay:
             self._on_retry(exchange.model, error.kind, end)
         if sent is None:
             raise failed_engine(error.kind) from error
+        if engine is not None:
+            exchange.lost = Sent(engine, request_id)
         return sent
 
     async def _send(self, exchange: Exchange, send: Send, headers: Headers) -> tuple[Lease, Connection]:
@@ -255,8 +201,10 @@ class Relay:
         if exchange.client_left:
             raise ClientLeft("the client left while its request was held")
 
-    async def _connect(self, exchange: Exchange) -> tuple[Lease, Connection] | None:
-        """Put the request on a connection to a replica; one that cannot be reached is passed over.
+    async def _connect(
+        self, exchange: Exchange, without: frozenset[str] = frozenset()
+    ) -> tuple[Lease, Connection] | None:
+        """Put the request on a connection to a replica, none of these; one that cannot be reached is passed over.
 
         None where no replica can be reached; raises Unavailable where those that were tried cannot.
         """
@@ -266,7 +214,9 @@ class Relay:
         head = self._head(exchange, unique)
         ejections = self._health[exchange.model].ejections
         while len(tried) < MAX_REPLICAS_TRIED:
-            lease = self._replicas.lease(exchange.model, ejections.out | exchange.spent | tried, exchange.asked)
+            lease = self._replicas.lease(
+                exchange.model, ejections.out | exchange.spent | without | tried, exchange.asked
+            )
             if lease is None:
                 break
             try:
@@ -316,7 +266,7 @@ class Relay:
         except TimeoutError:
             connection.abort()
             raise UpstreamError("timeout", "the engine did not answer in time") from None
-        if status >= SERVER_ERROR or (chunk.startswith(ERROR_EVENT) and is_server_error(chunk)):
+        if is_failure(status, chunk):
             connection.abort()
             raise UpstreamError("server_error", "the engine failed on this request")
         return status, chunk
@@ -429,5 +379,5 @@ async def _watch(exchange: Exchange, receive: Receive) -> None:
         exchange.ticket.leave()
     if exchange.connection is not None:
         exchange.connection.fail(UpstreamError("broken", "the client left"))
-    elif exchange.waits_for_turn and exchange.bound is not None:
+    elif exchange.waits and exchange.bound is not None:
         exchange.bound.reschedule(asyncio.get_running_loop().time())

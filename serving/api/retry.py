@@ -6,7 +6,8 @@ with it or ended by the closed connection. It costs tokens computed twice at mos
 bounded by a budget; the client sees one answer, of one replica. After the first byte nothing is sent again: the rest
 of another answer would be another text.
 
-A request of which two replicas have died is not given to a third: it may be what they die of.
+A request of which two replicas have died is not given to a third: it may be what they die of. One that is only late is
+`serving.api.hedge`'s.
 """
 
 from __future__ import annotations
@@ -80,6 +81,11 @@ def failed_engine(kind: FailureKind) -> RequestError:
     if kind == "server_error":
         return UpstreamFailed("The engine failed on this request. It may work when sent again.")
     return UpstreamFailed("The engine broke off before it answered. The request may work when sent again.")
+
+
+def is_failure(status: int, chunk: bytes) -> bool:
+    """Whether an answer that begins so is a failure of the engine's, and none to relay."""
+    return status >= SERVER_ERROR or (chunk.startswith(ERROR_EVENT) and is_server_error(chunk))
 
 
 class _Code(msgspec.Struct):

@@ -166,6 +166,17 @@ class Connection(asyncio.Protocol):
             await self._wait()
         return self.status
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the body's first bytes are here, or it has none."""
+        return self._head_done and (bool(self._chunks) or self.done)
+
+    async def begun(self) -> bytes:
+        """The body's first bytes, which `read` gives again; b"" where it has none; raises UpstreamError."""
+        while not self.has_begun:
+            await self._wait()
+        return b"".join(self._chunks)
+
     async def read(self) -> bytes:
         """The next body bytes, everything that has come so far; b"" at the end; raises UpstreamError."""
         self.reads += 1

@@ -17,6 +17,10 @@ class ModelFaultsConfig(Frozen):
     # So large a share of the requests under way may be on their second replica at once, and always three of them:
     # replicas that fail one after the other must not be met by everybody's second try.
     retry_share: Share = 0.2
+    # A request without a first byte for so long goes to a second replica too, within the same share, and the answer
+    # that begins first is relayed; absent: never. Set it above what nearly all requests wait at a busy hour, for what
+    # is hedged is computed twice.
+    hedge_after_s: Seconds | None = None
     # Of a model's replicas at most so many are ejected at once, and never the last: a fault of our own, or of the
     # network, looks like a fault of all of them.
     ejected_share: Annotated[float, Field(ge=0, le=1)] = 0.5

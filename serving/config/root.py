@@ -75,6 +75,12 @@ class GalerneConfig(Frozen):
         for i, tenant in enumerate(self.tenants):
             self._check_tenant(tenant, ("tenants", i), known)
         self._quotas_are_whole()
+        for i, model in enumerate(self.models):
+            if (model.faults.hedge_after_s or 0.0) >= self.gateway.response_timeout_s:
+                raise Misplaced(
+                    f"must be less than gateway.response_timeout_s ({self.gateway.response_timeout_s:g})",
+                    *("models", i, "faults", "hedge_after_s"),
+                )
         if self.demo_keys and not self.listen.loopback:
             raise Misplaced("demo_keys are public: with them listen.host must be a loopback address", "listen", "host")
         return self

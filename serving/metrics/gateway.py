@@ -30,6 +30,7 @@ from serving.metrics.scraped import (
 )
 from serving.metrics.table import (
     EJECTION_REASONS,
+    HEDGE_WINNERS,
     HELD,
     HOLD_ENDS,
     MET,
@@ -134,6 +135,7 @@ class GatewayMetrics:
         self._routes = lru_cache(maxsize=None)(metrics.counter("galerne_route_choices").labels)
         self._route_tokens = lru_cache(maxsize=None)(metrics.counter("galerne_route_prompt_tokens").labels)
         self._retries = lru_cache(maxsize=None)(metrics.counter("galerne_retries").labels)
+        self._hedges = lru_cache(maxsize=None)(metrics.counter("galerne_hedges").labels)
         self._ejections = lru_cache(maxsize=None)(metrics.counter("galerne_replica_ejections").labels)
         self._slow_readers = lru_cache(maxsize=None)(metrics.counter("galerne_slow_readers").labels)
         self._shed = lru_cache(maxsize=None)(metrics.counter("galerne_requests_shed").labels)
@@ -198,6 +200,8 @@ class GatewayMetrics:
             self._upstream(model.id, kind)
         for kind, end in product(RETRY_KINDS, RETRY_ENDS):
             self._retries(model.id, kind, end)
+        for won in HEDGE_WINNERS:
+            self._hedges(model.id, won)
         for reason in EJECTION_REASONS:
             self._ejections(model.id, reason)
 
@@ -315,6 +319,10 @@ class GatewayMetrics:
     def retried(self, model: str, kind: str, end: str) -> None:
         """A replica lost a request before it answered: sent to another, or not (no_replica, no_budget)."""
         self._retries(model, kind, end).inc()
+
+    def hedged(self, model: str, won: str) -> None:
+        """Two replicas had a request: whose answer was relayed (first, second, neither)."""
+        self._hedges(model, won).inc()
 
     def ejected(self, model: str, replica: str, reason: str) -> None:  # noqa: ARG002 - a replica's id is for the log
         """A replica is judged unfit: failures, stalled or probes."""

@@ -23,6 +23,8 @@ RETRY_KINDS = ("broken", "server_error", "stalled")
 SHED_REASONS = ("requests", "event_loop", "memory")
 EJECTION_REASONS = ("failures", "stalled", "probes")
 RETRY_ENDS = ("sent", "no_replica", "no_budget")
+# Whose answer a client got of a request that two replicas had.
+HEDGE_WINNERS = ("first", "second", "neither")
 RELOADS = ("applied", "failed")
 RENEWALS = ("renewed", "failed")
 HOLD_ENDS = ("released", "full", "displaced", "late", "left")
@@ -104,6 +106,13 @@ TABLE: tuple[Spec, ...] = (
         ("model", "kind", "end"),
         "Requests that a replica lost before the first byte of an answer, by how it failed and whether another got "
         f"them: {', '.join(RETRY_ENDS)}.",
+    ),
+    Spec(
+        "galerne_hedges",
+        "counter",
+        ("model", "won"),
+        "Requests that went to a second replica because the first was late (faults.hedge_after_s), by whose answer "
+        f"was relayed: {', '.join(HEDGE_WINNERS)} (both failed, or the client left).",
     ),
     Spec(
         "galerne_replica_ejections",

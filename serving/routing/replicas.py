@@ -99,6 +99,10 @@ class ReplicaSet:
         """Replicas of the model that take requests."""
         return len(self._models[model].endpoints)
 
+    def in_flight(self, model: str) -> Mapping[str, int]:
+        """Requests in flight on each of the model's replicas that take requests, by its id."""
+        return {name: seat.in_flight for name, seat in self._models[model].seats.items()}
+
     def endpoints(self, model: str) -> frozenset[Endpoint]:
         """Where the model's replicas listen."""
         return frozenset(self._models[model].endpoints.values())

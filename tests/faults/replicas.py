@@ -226,10 +226,15 @@ def configuration(model: dict[str, Any], gateway: dict[str, Any]) -> GalerneConf
 
 @contextlib.asynccontextmanager
 async def rig(
-    count: int, fake: FakeEngineConfig, *, model: dict[str, Any] | None = None, **gateway: Any
+    count: int,
+    fake: FakeEngineConfig,
+    *,
+    first: FakeEngineConfig | None = None,
+    model: dict[str, Any] | None = None,
+    **gateway: Any,
 ) -> AsyncIterator[Rig]:
-    """A gateway before `count` engines."""
-    engines = [Engine(f"r{n}", fake) for n in range(count)]
+    """A gateway before `count` engines; `first`: the first of them is another."""
+    engines = [Engine(f"r{n}", (first or fake) if n == 0 else fake) for n in range(count)]
     try:
         await asyncio.gather(*(engine.ready() for engine in engines))
         metrics = GatewayMetrics(time.monotonic)

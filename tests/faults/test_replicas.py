@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from serving.config import FakeEngineConfig, GatewayFaultsConfig
+from serving.metrics.table import HEDGE_WINNERS
 from serving.routing.ejection import PROBES
 from tests.faults.replicas import PATH, Rig, ask_many, head, report, rig
 
@@ -24,6 +25,8 @@ REQUESTS = int(os.environ.get("GALERNE_FAULT_REQUESTS", "300"))
 QUICK = FakeEngineConfig(decode_ms=1, prefill_tokens_per_s=1e6)
 # The first byte takes its time, and a request is little else.
 THOUGHTFUL = FakeEngineConfig(decode_ms=400, prefill_tokens_per_s=1e6)
+# Five seconds to the first byte, as with nobody else on it.
+SLUGGISH = FakeEngineConfig(decode_ms=5000, prefill_tokens_per_s=1e6)
 STEADY = FakeEngineConfig(decode_ms=10, prefill_tokens_per_s=1e6)
 PROMPT_S = 30.0
 # Streams that last until all of them run, on a machine that does other things too.
@@ -123,6 +126,27 @@ async def test_stopped_and_continued() -> None:
         assert later == {"done": 300}
         made.engines[0].signal(signal.SIGCONT)
         await made.settled()
+
+
+async def test_a_slow_replica_is_hedged() -> None:
+    async with rig(3, QUICK, first=SLUGGISH, model={"faults": {"hedge_after_s": 0.3}}) as made:
+        late: Counter[bool] = Counter()
+
+        async def ask() -> str:
+            began_s = time.monotonic()
+            answer = await made.ask(1)
+            late[time.monotonic() - began_s >= SLUGGISH.decode_ms / 1e3] += 1
+            return answer
+
+        seen = await ask_many(REQUESTS, 12, ask)
+        books = await made.settled()
+        won = {won: int(made.total("galerne_hedges_total", won=won)) for won in HEDGE_WINNERS}
+        report("a replica with 5 s to its first byte", seen, books, hedges=won, late=late[True])
+        assert seen == {"done": REQUESTS}
+        assert won["second"] > 0
+        assert won["neither"] == 0
+        assert made.ejected == frozenset()
+        assert made.total("galerne_upstream_errors_total") == made.total("galerne_retries_total") == 0
 
 
 async def test_random_disconnects() -> None:

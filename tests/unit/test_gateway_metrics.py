@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.admission import shedding, ticket
 from serving.api import loop_lag, upstream
-from serving.api.relay import Exchange, Outcome
+from serving.api.exchange import Exchange, Outcome
 from serving.config import GalerneConfig
 from serving.metrics import table
 from serving.metrics.gateway import GatewayMetrics
