@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from serving.cli import state
+from serving.cli import scraped, state
 from serving.cluster.edge import ENGINE_TOKEN_HEADER
 from serving.config import ENV_LEDGER_DIR, LedgerConfig
 from serving.config_file import load
@@ -94,11 +94,33 @@ def reconcile(
     port: PortOption = 8000,
     config: ConfigOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the balances as JSON.")] = False,
+    prometheus: Annotated[
+        str | None, typer.Option(help="Take the counters from this Prometheus: for clusters of several machines.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option("--from", help=f"With --prometheus: {MOMENTS}. Default: an hour before --to.")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option("--to", help="With --prometheus, the same. Default: a moment ago.")
+    ] = None,
+    match: Annotated[
+        str, typer.Option(help="With --prometheus: matchers of this cluster's series, such as 'namespace=\"galerne\"'.")
+    ] = "",
 ) -> None:
-    """Hold the ledger against the running engines' counters of tokens, since each became ready.
+    """Hold the ledger against the engines' counters of tokens: of running ones, since each became ready.
 
-    Status 0: every token has its row or another cause. Status 1: some are unexplained.
+    With --prometheus: of all that were scraped in a window, and between their first and last scrape of it. Status 0:
+    every token has its row or another cause. Status 1: some are unexplained.
     """
+    if prometheus is not None:
+        told = _settings(config, port)
+        found = scraped.compare(prometheus, match, _moment(since), _moment(until), lambda: _ledger(told), time.time())
+        scraped.show(found, as_json=as_json)
+        if not found.balanced:
+            raise typer.Exit(1)
+        return
+    if since is not None or until is not None or match:
+        raise typer.BadParameter("--from, --to and --match go with --prometheus")
     directory = state.state_dir(port)
     cluster = state.read(directory)
     told = _settings(config, port)

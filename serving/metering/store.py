@@ -6,7 +6,7 @@ Promises: a row that is inserted twice is there once; what `insert` returned fro
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ MIGRATION_LOCK: Final = 4_721_190_332
 SQLITE_WAIT_S: Final = 30
 CONNECT_S: Final = 5
 IDS_AT_ONCE: Final = 500
+ROWS_AT_ONCE: Final = 5000
 STATEMENT_MS: Final = 60_000
 # Steps of SQLite's machine between two looks at the clock: a millisecond.
 PROGRESS_STEPS: Final = 20_000
@@ -161,6 +162,19 @@ def totals(
             query = query.where(condition)
     query = query.group_by(*names.values()).order_by(*names.values()).limit(limit)
     return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def ran(connection: Connection, since_s: float, until_s: float) -> Iterator[Mapping[str, Any]]:
+    """Rows of requests that ran on an engine at any time in [since_s, until_s], seconds since 1970, one by one."""
+    c = USAGE.c
+    # SQLite's seconds are whole ones.
+    ended_s = sa.extract("epoch", c.started_at) + c.duration_s
+    query = sa.select(
+        c.engine, c.started_at, c.duration_s, c.counted_prompt_tokens, c.completion_tokens, c.exact
+    ).where(c.engine != "", c.started_at <= datetime.fromtimestamp(until_s, UTC), ended_s >= since_s - 1)
+    found = connection.execution_options(yield_per=ROWS_AT_ONCE).execute(query)
+    for row in found.mappings():
+        yield dict(row)
 
 
 def known(connection: Connection, ids: Sequence[str]) -> set[str]:

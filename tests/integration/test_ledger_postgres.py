@@ -111,6 +111,18 @@ def test_a_question_and_its_bounds(postgres: Postgres, tmp_path: Path) -> None:
     reader.close()
 
 
+def test_rows_of_a_window(postgres: Postgres, tmp_path: Path) -> None:
+    spill = Spill(tmp_path / "spill")
+    rows = [row(n, id=f"ran-{n}", started_at=NOW_S + 1e6 + 10 * n, duration_s=4.5) for n in range(8)]
+    spill.write(rows, "a", NOW_S)
+    writer = Writer(spill, postgres.url, print)
+    assert writer.drain()
+    writer.close()
+    with reading(postgres.url) as connection:
+        found = [r["completion_tokens"] for r in store.ran(connection, NOW_S + 1e6 + 6, NOW_S + 1e6 + 60)]
+        assert sorted(found) == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_wrong_password_is_heard_of_and_not_said(postgres: Postgres, tmp_path: Path) -> None:
     complaints: list[str] = []
     spill = Spill(tmp_path / "spill")
