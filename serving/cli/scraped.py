@@ -143,4 +143,4 @@ def _ran(row: Any) -> Ran:
 
 
 def _told(at_s: float) -> str:
-    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
+    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds")
