@@ -51,7 +51,7 @@ def test_every_token_has_its_row(fake_cluster: RunningCluster, tmp_path: Path) -
     from_s = time.time()
 
     def scraped() -> bool:
-        window = f"{int(1000 * (time.time() - from_s))}ms"
+        window = f"{1 + int(1000 * (time.time() - from_s))}ms"
         query = f'count_over_time(vllm:prompt_tokens_total{{model="chat"}}[{window}]) >= {SCRAPES_BEFORE}'
         answer = httpx.get(f"{url}/api/v1/query", params={"query": query}).json()
         return len(answer["data"]["result"]) >= REPLICAS
