@@ -2,7 +2,9 @@
 
 Where an answer said what it used, its row is made at once. Where it broke off (the client left, the engine's
 connection broke) the engine still knows: it is asked, for at most half a flush of the ledger, and what it says is
-exact. Only where it cannot tell, because it died or there are too many to ask for, the row is a guess and says so.
+exact. Only where it cannot tell, because it died or there are too many to ask for, the row is a guess and says so. An
+engine that had the request too, and of which the client got nothing, is asked the same: nobody is billed for what it
+computed, and the row says how much that was.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from typing import Final, Protocol
 import msgspec
 
 from serving.api.body import ClientLeft
-from serving.api.exchange import Exchange
+from serving.api.exchange import Exchange, Sent
 from serving.api.upstream import Pool, UpstreamError
 from serving.engine.work import ACCOUNTS
 from serving.errors import RequestError
-from serving.metering.best_known import best_known
+from serving.metering.best_known import best_known, most_lost
 from serving.metering.row import Row
 from serving.metering.usage import Usage
 
@@ -107,19 +109,19 @@ class Billing:
         if exchange.usage is None:  # it never came as far as the relay
             exchange.usage, exchange.usage_exact = best_known(exchange)
 
-        def record(usage: Usage, counted_prompt_tokens: int, *, exact: bool) -> None:
-            row = _row(exchange, row_id, self._rows.gateway_id, status, started_at, ended_s, usage)
-            row = msgspec.structs.replace(row, counted_prompt_tokens=counted_prompt_tokens, exact=exact)
+        def record(told: _Account | None, lost: _Account | None) -> None:
+            row = _row(exchange, row_id, self._rows.gateway_id, status, started_at, ended_s, told, lost)
             self._rows.record(row)
             self._on_row(row)
 
-        usage, n = exchange.usage, 1 if exchange.facts is None else exchange.facts.n
-        guessed = usage.prompt_tokens * n
-        if exchange.usage_exact or exchange.engine is None or len(self._asking) >= MOST_QUESTIONS:
-            record(usage, guessed, exact=exchange.usage_exact)
+        own = None
+        if not exchange.usage_exact and exchange.engine is not None:
+            own = Sent(exchange.engine, exchange.engine_request_id)
+        if (own is None and exchange.lost is None) or len(self._asking) >= MOST_QUESTIONS:
+            record(None, None)
             return
-        task = asyncio.get_running_loop().create_task(self._ask(exchange, record))
-        self._asking[task] = lambda: record(usage, guessed, exact=False)
+        task = asyncio.get_running_loop().create_task(self._ask_both(own, exchange.lost, record))
+        self._asking[task] = lambda: record(None, None)
         task.add_done_callback(self._asked)
 
     def _asked(self, task: asyncio.Task[None]) -> None:
@@ -128,14 +130,21 @@ class Billing:
         if guess is not None and (task.cancelled() or task.exception() is not None):
             guess()
 
-    async def _ask(self, exchange: Exchange, record: Callable[..., None]) -> None:
-        """Ask until the engine says that nothing will be added."""
+    async def _ask_both(
+        self, own: Sent | None, lost: Sent | None, record: Callable[[_Account | None, _Account | None], None]
+    ) -> None:
+        record(*await asyncio.gather(self._ask(own), self._ask(lost)))
+
+    async def _ask(self, sent: Sent | None) -> _Account | None:
+        """What the engine says of a request, asked until nothing will be added; None where it knows nothing of it."""
         told: _Account | None = None
+        if sent is None:
+            return told
         pause_s = FIRST_PAUSE_S
         try:
             async with asyncio.timeout(self._rows.flush_s / 2):
                 while told is None or not told.final:
-                    found = await self._account(exchange)
+                    found = await self._account(sent)
                     if found is None:
                         break
                     told = found
@@ -144,20 +153,11 @@ class Billing:
                         pause_s *= 2
         except (TimeoutError, UpstreamError):
             pass
-        if told is None:
-            usage = exchange.usage or best_known(exchange)[0]
-            n = 1 if exchange.facts is None else exchange.facts.n
-            record(usage, usage.prompt_tokens * n, exact=False)
-            return
-        usage = Usage(told.prompt_tokens, told.completion_tokens, told.cached_tokens)
-        record(usage, told.counted_prompt_tokens, exact=told.final)
+        return told
 
-    async def _account(self, exchange: Exchange) -> _Account | None:
-        """What the engine says of a request; None where it knows nothing of it."""
-        if exchange.engine is None:
-            return None
-        path = f"{ACCOUNTS}/{exchange.engine_request_id}"
-        status, body = await self._pool.get(exchange.engine, path, self._token, most_bytes=MOST_ANSWER_BYTES)
+    async def _account(self, sent: Sent) -> _Account | None:
+        path = f"{ACCOUNTS}/{sent.request_id}"
+        status, body = await self._pool.get(sent.engine, path, self._token, most_bytes=MOST_ANSWER_BYTES)
         try:
             return _account.decode(body) if status == OK else None
         except msgspec.DecodeError:
@@ -165,9 +165,29 @@ class Billing:
 
 
 def _row(
-    exchange: Exchange, row_id: str, gateway_id: str, status: int, started_at: float, ended_s: float, usage: Usage
+    exchange: Exchange,
+    row_id: str,
+    gateway_id: str,
+    status: int,
+    started_at: float,
+    ended_s: float,
+    told: _Account | None,
+    lost: _Account | None,
 ) -> Row:
+    """The row, with what engines told of the attempt that is billed and of one that was lost, where they were asked."""
     first_s = exchange.first_byte_s
+    if told is not None:
+        usage, exact = Usage(told.prompt_tokens, told.completion_tokens, told.cached_tokens), told.final
+        counted = told.counted_prompt_tokens
+    else:
+        usage, exact = exchange.usage or best_known(exchange)[0], exchange.usage_exact
+        counted = usage.prompt_tokens * (1 if exchange.facts is None else exchange.facts.n)
+    lost_tokens: tuple[int | None, int | None] = (0, 0)
+    lost_exact = exchange.lost is None or (lost is not None and lost.final)
+    if lost is not None and lost.final:
+        lost_tokens = lost.counted_prompt_tokens, lost.completion_tokens
+    elif exchange.lost is not None:
+        lost_tokens = most_lost(exchange, counted, exact=exact)
     return Row(
         id=row_id,
         request_id=exchange.request_id,
@@ -178,8 +198,8 @@ def _row(
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,
         completion_tokens=usage.completion_tokens,
-        counted_prompt_tokens=0,
-        exact=False,
+        counted_prompt_tokens=counted,
+        exact=exact,
         status=status,
         outcome=exchange.result,
         stream=exchange.stream,
@@ -188,4 +208,8 @@ def _row(
         duration_s=ended_s - exchange.started_s,
         gateway_id=gateway_id,
         engine="" if exchange.engine is None else exchange.engine.replica_id,
+        lost_engine="" if exchange.lost is None else exchange.lost.engine.replica_id,
+        lost_prompt_tokens=lost_tokens[0],
+        lost_completion_tokens=lost_tokens[1],
+        lost_exact=lost_exact,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,6 +71,8 @@ def compare(
                 rows[row["engine"]].append(_ran(row))
             else:
                 unseen += 1
+            if row["lost_engine"] in rows:
+                rows[row["lost_engine"]].append(_lost(row))
     found = tuple(balance(name, increase, rows[name]) for name, increase in increases.items())
     return Comparison(found, unseen, counters.rows_behind())
 
@@ -104,7 +106,7 @@ def show(found: Comparison, *, as_json: bool) -> None:
         console.print(f"{found.behind} rows wait at gateways for the database: look again when they are there.")
 
 
-_PARTS: Final = ("engine_counted", "ledger", "partly_in_the_window", "unexplained")
+_PARTS: Final = ("engine_counted", "ledger", "lost_attempts", "partly_in_the_window", "unexplained")
 
 
 def _remarks(one: Balance) -> list[str]:
@@ -122,7 +124,7 @@ def _remarks(one: Balance) -> list[str]:
 
 
 def _document(one: Balance) -> dict[str, Any]:
-    parts = (one.increase.tokens, one.ledger, one.edges, one.unexplained)
+    parts = (one.increase.tokens, one.ledger, one.lost, one.edges, one.unexplained)
     shown = {k: {"prompt": v.prompt, "completion": v.completion} for k, v in zip(_PARTS, parts, strict=True)}
     return {
         "engine": one.engine,
@@ -140,6 +142,14 @@ def _ran(row: Any) -> Ran:
     began_s = row["started_at"].timestamp()
     tokens = Tokens(int(row["counted_prompt_tokens"]), int(row["completion_tokens"]))
     return Ran(began_s, began_s + float(row["duration_s"]), tokens, bool(row["exact"]))
+
+
+def _lost(row: Any) -> Ran:
+    """The attempt at another replica, some time within the request's."""
+    prompt, completion, exact = row["lost_prompt_tokens"], row["lost_completion_tokens"], bool(row["lost_exact"])
+    bounded = prompt is not None and completion is not None
+    ran = replace(_ran(row), tokens=Tokens(int(prompt or 0), int(completion or 0)))
+    return replace(ran, lost=True, at_most=not exact, exact=exact or bounded)
 
 
 def _told(at_s: float) -> str:

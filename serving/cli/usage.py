@@ -26,7 +26,7 @@ from serving.config_file import load
 from serving.engine.work import ACCOUNTS
 from serving.errors import ClusterError
 from serving.metering.moments import MOMENTS, moment
-from serving.metering.reconcile import Evidence, Tokens, Verdict, counters, verdict
+from serving.metering.reconcile import Evidence, Lost, Tokens, Verdict, counters, lost_of, verdict
 from serving.metering.settings import LedgerSettings, settings
 from serving.metering.spill import Spill
 
@@ -39,6 +39,7 @@ ENGINE_TIMEOUT_S = 10.0
 # A row is in the database a moment after its request has ended.
 SETTLE_S = 10.0
 POLL_S = 0.5
+LOST_LEAST, LOST_MOST = "lost_attempts_at_least", "lost_attempts_at_most"
 SHOWN = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "estimated")
 
 
@@ -154,9 +155,11 @@ def _verdicts(cluster: Mapping[str, Any], told: LedgerSettings) -> list[Verdict]
 
         written = store.known(connection, list(waiting))
         sums = {found["engine"]: found for found in store.totals(connection, ["engine"])}
+        lost = store.lost(connection)
     verdicts = []
     for name, (counted, others, under_way) in read.items():
-        own = [row for row in waiting.values() if row.engine == name and row.id not in written]
+        unwritten = [row for row in waiting.values() if row.id not in written]
+        own = [row for row in unwritten if row.engine == name]
         total = sums.get(name, {})
         billed = Tokens(int(total.get("prompt_tokens", 0)), int(total.get("completion_tokens", 0)))
         evidence = Evidence(
@@ -168,6 +171,7 @@ def _verdicts(cluster: Mapping[str, Any], told: LedgerSettings) -> list[Verdict]
             others=others,
             under_way=under_way,
             guesses=int(total.get("estimated", 0)) + sum(not r.exact for r in own),
+            lost=lost.get(name, Lost()) + lost_of(row for row in unwritten if row.lost_engine == name),
         )
         verdicts.append(verdict(evidence))
     return verdicts
@@ -204,10 +208,13 @@ def _document(found: Verdict) -> dict[str, Any]:
         "not_yet_in_the_database": e.waiting,
         "not_through_a_gateway": e.others,
         "under_way": e.under_way,
+        LOST_LEAST: e.lost.least,
+        LOST_MOST: e.lost.most,
         "unexplained": found.unexplained,
     }
     shown: dict[str, Any] = {k: {"prompt": v.prompt, "completion": v.completion} for k, v in parts.items()}
-    return {"engine": e.engine, **shown, "guessed_rows": e.guesses, "balanced": found.balanced}
+    counts = {"guessed_rows": e.guesses, "lost_attempts_without_a_bound": e.lost.unbounded}
+    return {"engine": e.engine, **shown, **counts, "balanced": found.balanced}
 
 
 def _balances(verdicts: Sequence[Verdict]) -> None:
@@ -217,12 +224,23 @@ def _balances(verdicts: Sequence[Verdict]) -> None:
         for name in ("tokens", "prompt", "completion"):
             table.add_column(name, justify="left" if name == "tokens" else "right")
         guesses, balanced = document.pop("guessed_rows"), document.pop("balanced")
+        unbounded, least = document.pop("lost_attempts_without_a_bound"), document.pop(LOST_LEAST)
         for name, value in document.items():
-            table.add_row(name.replace("_", " "), str(value["prompt"]), str(value["completion"]))
+            if name == LOST_MOST:
+                ranges = (_range(least[kind], value[kind]) for kind in ("prompt", "completion"))
+                table.add_row("lost attempts", *ranges)
+            else:
+                table.add_row(name.replace("_", " "), str(value["prompt"]), str(value["completion"]))
         Console().print(table)
+        if unbounded:
+            Console().print(f"{unbounded} lost attempts may have cost more: their engine did not answer.")
         if guesses:
             Console().print(f"{guesses} rows are guesses: their engine did not answer when their client had left.")
         Console().print("balanced" if balanced else "[red]NOT balanced[/]")
+
+
+def _range(least: int, most: int) -> str:
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _settings(config: Path | None, port: int) -> LedgerSettings:

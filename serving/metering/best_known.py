@@ -13,6 +13,7 @@ from serving.metering.answers import FREE_PATHS, NOTHING
 from serving.metering.usage import BYTES_PER_TOKEN, Usage
 
 REFUSED: Final = range(400, 500)
+COMPLETIONS: Final = "/v1/completions"
 
 
 class Ended(Protocol):
@@ -32,6 +33,18 @@ class Ended(Protocol):
     def first_byte_s(self) -> float | None: ...
     @property
     def later_events(self) -> int: ...
+
+
+def most_lost(ended: Ended, counted_prompt_tokens: int, *, exact: bool) -> tuple[int | None, int | None]:
+    """Tokens of prompt and answer that another attempt at the request cost its engine at most; None: nobody can say.
+
+    `counted_prompt_tokens` of the attempt that was answered, `exact` if its engine said so: the prompt is the same.
+    """
+    facts = ended.facts
+    prompt = counted_prompt_tokens if exact and counted_prompt_tokens else None
+    if facts is None or facts.max_output_tokens is None or (ended.path == COMPLETIONS and facts.max_output_tokens):
+        return prompt, None  # the body of a completion may hold several prompts
+    return prompt, facts.max_output_tokens * facts.n
 
 
 def best_known(ended: Ended) -> tuple[Usage, bool]:

@@ -2,14 +2,19 @@
 
 An engine counts a prompt for each of its answers, counts requests that did not come through a gateway (its own
 warm-up), and counts tokens as they are made, where a row comes when a request has ended. All of these are known to the
-token. Rows that are guesses (their engine died or did not answer) are the only cause that is not.
+token. So are attempts of which the client got nothing, because the request went to another replica, where their engine
+could be asked; else they cost between nothing and a bound. Rows that are guesses (their engine died or did not answer)
+are the only cause without one.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
+
+from serving.metering.row import Row
 
 PROMPT: Final = "vllm:prompt_tokens_total"
 COMPLETION: Final = "vllm:generation_tokens_total"
@@ -31,11 +36,27 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """Tokens of attempts at requests that another replica answered: between `least` and `most`.
+
+    `unbounded`: attempts for which nobody can say how many at most; `most` is without them.
+    """
+
+    least: Tokens = Tokens()
+    most: Tokens = Tokens()
+    unbounded: int = 0
+
+    def __add__(self, other: Lost) -> Lost:
+        return Lost(self.least + other.least, self.most + other.most, self.unbounded + other.unbounded)
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """What is known of one engine replica.
 
     `ledger` as billed, `repeated` prompts beyond the first of each answer, `waiting` rows that are not in the database,
-    `others` without a gateway, `under_way` now; `guesses` rows that are no count.
+    `others` without a gateway, `under_way` now; `guesses` rows that are no count; `lost` attempts of rows that another
+    engine answered.
     """
 
     engine: str
@@ -46,6 +67,7 @@ class Evidence:
     others: Tokens
     under_way: Tokens
     guesses: int = 0
+    lost: Lost = Lost()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +80,36 @@ class Verdict:
     @property
     def balanced(self) -> bool:
         """Whether nothing is left over that guesses could not account for."""
-        return self.unexplained == Tokens() or self.evidence.guesses > 0
+        return self.unexplained == Tokens() or self.evidence.guesses > 0 or self.evidence.lost.unbounded > 0
 
 
 def verdict(evidence: Evidence) -> Verdict:
     """Hold one engine's counters against everything that is known of them."""
     e = evidence
-    explained = e.ledger + e.repeated + e.waiting + e.others + e.under_way
-    return Verdict(e, e.counted - explained)
+    rest = e.counted - (e.ledger + e.repeated + e.waiting + e.others + e.under_way)
+    least, most = e.lost.least, e.lost.most
+    return Verdict(
+        e,
+        Tokens(
+            _outside(rest.prompt, least.prompt, most.prompt),
+            _outside(rest.completion, least.completion, most.completion),
+        ),
+    )
+
+
+def _outside(rest: int, least: int, most: int) -> int:
+    """How far it is above `most`, or below `least` (negative)."""
+    return rest - min(max(rest, least), most)
+
+
+def lost_of(rows: Iterable[Row]) -> Lost:
+    """What the other attempts of these rows cost."""
+    lost = Lost()
+    for row in rows:
+        most = Tokens(row.lost_prompt_tokens or 0, row.lost_completion_tokens or 0)
+        unbounded = row.lost_prompt_tokens is None or row.lost_completion_tokens is None
+        lost += Lost(most if row.lost_exact else Tokens(), most, int(unbounded))
+    return lost
 
 
 def counters(exposition: str) -> Tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """As it lies in the spill and, but for the date's type, in the database."""
 
     # Unique among all rows of all gateways: a row that is written twice is there once.
@@ -34,5 +34,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     ttft_s: float | None
     duration_s: float
     gateway_id: str
-    # The engine replica it was sent to last; empty: to none.
+    # The engine replica it was sent to last, or whose answer was relayed; empty: to none.
     engine: str
+    # Another replica that had the request too and of which the client got nothing (a retry's first, a hedge's loser);
+    # empty: none had. What it computed is charged to nobody; it is here for reconciliation.
+    lost_engine: str = ""
+    # As that engine counted them; where `lost_exact` is false so many at most, and None where nobody can say.
+    lost_prompt_tokens: int | None = 0
+    lost_completion_tokens: int | None = 0
+    lost_exact: bool = True

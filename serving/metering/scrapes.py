@@ -30,6 +30,9 @@ class Ran:
     ended_s: float
     tokens: Tokens
     exact: bool = True
+    # An attempt of which the client got nothing; `at_most`: nobody knows how many of the tokens its engine computed.
+    lost: bool = False
+    at_most: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,7 @@ def _follow(before: dict[str, float], now: Mapping[str, float]) -> tuple[int, in
 class Balance:
     """One replica: `ledger` is of rows wholly within, `edges` of rows that are so by an unknown part.
 
+    `lost` are attempts wholly within of which the client got nothing; what of theirs is a bound is in `edges`.
     `unexplained`: tokens that were counted and have no row (above 0), or have one and were not counted (below).
     """
 
@@ -144,6 +148,7 @@ class Balance:
     edges: Tokens
     unexplained: Tokens
     guesses: int = 0
+    lost: Tokens = Tokens()
 
     @property
     def balanced(self) -> bool:
@@ -153,21 +158,23 @@ class Balance:
 
 def balance(engine: str, increase: Increase, rows: Iterable[Ran], margin_s: float = MARGIN_S) -> Balance:
     """Hold a replica's increase against its rows."""
-    within, edges, guesses = Tokens(), Tokens(), 0
+    within, lost, edges, guesses = Tokens(), Tokens(), Tokens(), 0
     for row in rows:
         if row.ended_s < increase.from_s - margin_s or row.began_s > increase.until_s + margin_s:
             continue
         guesses += not row.exact
-        if _wholly_within(row, increase, margin_s):
-            within += row.tokens
-        else:
+        if row.at_most or not _wholly_within(row, increase, margin_s):
             edges += row.tokens
-    counted = increase.tokens
+        elif row.lost:
+            lost += row.tokens
+        else:
+            within += row.tokens
+    counted = increase.tokens - lost
     left = Tokens(
         _beyond(counted.prompt, within.prompt, edges.prompt),
         _beyond(counted.completion, within.completion, edges.completion),
     )
-    return Balance(engine, increase, within, edges, left, guesses)
+    return Balance(engine, increase, within, edges, left, guesses, lost)
 
 
 def _wholly_within(row: Ran, increase: Increase, margin_s: float) -> bool:

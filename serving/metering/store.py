@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
 
+from serving.metering.reconcile import Lost, Tokens
 from serving.metering.row import Row
 
 # Of all databases that speak PostgreSQL's protocol this is one number for Galerne's migrations.
@@ -69,6 +70,10 @@ USAGE: Final = sa.Table(
     sa.Column("duration_s", sa.Double, nullable=False),
     sa.Column("gateway_id", sa.String(128), nullable=False),
     sa.Column("engine", sa.String(128), nullable=False),
+    sa.Column("lost_engine", sa.String(128), nullable=False),
+    sa.Column("lost_prompt_tokens", sa.BigInteger),
+    sa.Column("lost_completion_tokens", sa.BigInteger),
+    sa.Column("lost_exact", sa.Boolean, nullable=False),
     sa.Index("usage_tenant_started_at", "tenant", "started_at"),
     sa.Index("usage_started_at", "started_at"),
 )
@@ -169,12 +174,31 @@ def ran(connection: Connection, since_s: float, until_s: float) -> Iterator[Mapp
     c = USAGE.c
     # SQLite's seconds are whole ones.
     ended_s = sa.extract("epoch", c.started_at) + c.duration_s
+    lost = (c.lost_engine, c.lost_prompt_tokens, c.lost_completion_tokens, c.lost_exact)
     query = sa.select(
-        c.engine, c.started_at, c.duration_s, c.counted_prompt_tokens, c.completion_tokens, c.exact
+        c.engine, c.started_at, c.duration_s, c.counted_prompt_tokens, c.completion_tokens, c.exact, *lost
     ).where(c.engine != "", c.started_at <= datetime.fromtimestamp(until_s, UTC), ended_s >= since_s - 1)
     found = connection.execution_options(yield_per=ROWS_AT_ONCE).execute(query)
     for row in found.mappings():
         yield dict(row)
+
+
+def lost(connection: Connection) -> dict[str, Lost]:
+    """What attempts of which clients got nothing cost each engine."""
+    c = USAGE.c
+    tokens = (c.lost_prompt_tokens, c.lost_completion_tokens)
+    unknown = sa.or_(*(column.is_(None) for column in tokens))
+    query = sa.select(
+        c.lost_engine,
+        *(_sum(sa.case((c.lost_exact, column), else_=0)) for column in tokens),
+        *(_sum(column) for column in tokens),
+        _sum(sa.case((unknown, 1), else_=0)),
+    )
+    rows = connection.execute(query.where(c.lost_engine != "").group_by(c.lost_engine))
+    return {
+        engine: Lost(Tokens(prompt, completion), Tokens(most_prompt, most_completion), unbounded)
+        for engine, prompt, completion, most_prompt, most_completion, unbounded in rows
+    }
 
 
 def known(connection: Connection, ids: Sequence[str]) -> set[str]:

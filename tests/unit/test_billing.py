@@ -13,9 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.admission.bounds import RequestFacts
+from serving.api.exchange import Exchange
 from serving.config import FakeEngineConfig, FakeFaults
 from serving.engine.fake import build_app
 from serving.engine.private_server import PrivateServer
+from serving.metering.best_known import most_lost
 from serving.metering.ledger import Ledger
 from serving.metering.row import Row
 from serving.metering.settings import LedgerSettings
@@ -219,3 +222,23 @@ async def test_rows_that_wait_for_an_engine_are_made_when_the_gateway_goes(ledge
         await made.settled()
         made.gateway.close()
     assert len(ledger.rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "most", "n", "counted", "exact", "expected"),
+    [
+        (COMPLETIONS, 6, 2, 40, True, (40, 12)),
+        (COMPLETIONS, None, 1, 40, True, (40, None)),
+        (COMPLETIONS, 6, 1, 40, False, (None, 6)),
+        # Its prompt was not computed there; elsewhere it may have been.
+        (COMPLETIONS, 6, 1, 0, True, (None, 6)),
+        ("/v1/completions", 6, 1, 40, True, (40, None)),
+        ("/v1/embeddings", 0, 1, 40, True, (40, 0)),
+    ],
+)
+def test_what_a_lost_attempt_cost_at_most(
+    path: str, most: int | None, n: int, counted: int, exact: bool, expected: tuple[int | None, int | None]
+) -> None:
+    facts = RequestFacts("chat", True, False, 8, most, n)
+    exchange = Exchange("chat", path, b"", "id", started_s=0.0, facts=facts)
+    assert most_lost(exchange, counted, exact=exact) == expected

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from serving.cluster.kubernetes.masking import Masker
@@ -20,6 +21,7 @@ from serving.config import GalerneConfig, LedgerConfig
 from serving.errors import ClusterError
 from serving.metering import store
 from serving.metering.ledger import Ledger
+from serving.metering.reconcile import Lost, Tokens
 from serving.metering.row import Row
 from serving.metering.settings import LedgerSettings, settings
 from serving.metering.spill import Spill
@@ -267,3 +269,45 @@ def test_the_migrations_make_the_table_that_the_code_knows(tmp_path: Path) -> No
     assert ScriptDirectory.from_config(config).get_current_head() == schema.HEAD
     engine.dispose()
     assert os.listdir(tmp_path)
+
+
+def test_a_table_of_before_is_brought_on_and_one_of_later_is_left_alone(tmp_path: Path) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    from serving.metering import schema
+
+    url = f"sqlite:///{tmp_path}/x.db"
+    engine = store.connect(url)
+    before = {name: value for name, value in store._columns(row(1)).items() if not name.startswith("lost_")}
+    old = sa.table("usage", *(sa.column(name, store.USAGE.c[name].type) for name in before))
+    with engine.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(schema.MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(old.insert(), [before])
+    schema.upgrade(engine)
+    with engine.begin() as connection:
+        # A gateway of before goes on writing, and a new one beside it.
+        connection.execute(old.insert(), [before | {"id": "g-2"}])
+        store.insert(connection, [row(3, lost_engine="r1", lost_prompt_tokens=None, lost_exact=False)])
+        found = connection.execute(store.USAGE.select().order_by("id")).all()
+        assert [(r.lost_engine, r.lost_prompt_tokens, r.lost_completion_tokens, r.lost_exact) for r in found] == [
+            ("", 0, 0, True),
+            ("", 0, 0, True),
+            ("r1", None, 0, False),
+        ]
+        assert store.lost(connection) == {"r1": Lost(Tokens(), Tokens(), 1)}
+        connection.execute(sa.text(f"UPDATE {schema.VERSIONS} SET version_num = '9999'"))  # noqa: S608 - a constant
+    schema.upgrade(engine)
+    engine.dispose()
+
+
+def test_rows_of_before_are_read_and_rows_without_a_lost_attempt_are_as_long_as_before(tmp_path: Path) -> None:
+    spill = Spill(tmp_path)
+    batch = spill.write([row(1)], "a", NOW_S)
+    assert b"lost_" not in batch.path.read_bytes()
+    assert spill.read(batch) == [row(1)]
+    lost = row(2, lost_engine="r1", lost_prompt_tokens=9, lost_completion_tokens=None, lost_exact=False)
+    assert spill.read(spill.write([lost], "b", NOW_S)) == [lost]

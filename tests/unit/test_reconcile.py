@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from typer.testing import CliRunner
 
 from serving.cli import app, state, usage
 from serving.config import FakeEngineConfig
+from serving.engine import work
+from serving.engine.fake.faults import BrokenOffError
+from serving.metering import store
 from serving.metering.ledger import Ledger
-from serving.metering.reconcile import Evidence, Tokens, counters, verdict
+from serving.metering.reconcile import Evidence, Lost, Tokens, counters, lost_of, verdict
 from serving.metering.settings import LedgerSettings
 from serving.metering.spill import Spill
 from serving.metering.writer import Writer
-from tests.unit.test_gateway import AUTH, CHAT, COMPLETIONS, TOKEN, Rig, rig
+from tests.unit.test_gateway import AUTH, CHAT, COMPLETIONS, NO_HOLD, TOKEN, Rig, rig
 from tests.unit.test_ledger import NOW_S, made, reading, row
 
 some = st.builds(Tokens, st.integers(0, 10**9), st.integers(0, 10**9))
@@ -33,6 +37,44 @@ def test_every_cause_counts_once(causes: list[Tokens], lost: Tokens) -> None:
     assert found.unexplained == lost
     assert found.balanced is (lost == Tokens())
     assert verdict(Evidence("e", total, *causes, guesses=1)).balanced
+
+
+@given(some, some, some, st.integers(-3, 3), st.integers(-3, 3))
+def test_lost_attempts_explain_what_is_between_their_bounds(
+    ledger: Tokens, least: Tokens, beyond: Tokens, prompt: int, completion: int
+) -> None:
+    most = least + beyond
+    nothing = Tokens()
+
+    def unexplained(rest: Tokens) -> Tokens:
+        found = Evidence("e", ledger + rest, ledger, nothing, nothing, nothing, nothing, lost=Lost(least, most))
+        return verdict(found).unexplained
+
+    assert unexplained(least) == unexplained(most) == nothing
+    assert unexplained(most + Tokens(max(0, prompt), max(0, completion))) == Tokens(max(0, prompt), max(0, completion))
+    assert unexplained(least - Tokens(max(0, prompt), max(0, completion))) == nothing - Tokens(
+        max(0, prompt), max(0, completion)
+    )
+    inside = Tokens(
+        min(max(least.prompt, least.prompt + prompt), most.prompt),
+        min(max(least.completion, least.completion + completion), most.completion),
+    )
+    assert unexplained(inside) == nothing
+
+
+def test_bounds_of_rows() -> None:
+    rows = [
+        row(1),
+        row(2, lost_engine="r1", lost_prompt_tokens=10, lost_completion_tokens=2),
+        row(3, lost_engine="r1", lost_prompt_tokens=10, lost_completion_tokens=6, lost_exact=False),
+        row(4, lost_engine="r1", lost_prompt_tokens=7, lost_completion_tokens=None, lost_exact=False),
+    ]
+    expected = Lost(Tokens(10, 2), Tokens(27, 8), unbounded=1)
+    assert lost_of(rows) == expected
+    e = Evidence("e", Tokens(99, 99), *(Tokens() for _ in range(5)))
+    assert not verdict(e).balanced
+    # As with rows that are guesses.
+    assert verdict(replace(e, lost=expected)).balanced
 
 
 def test_counters_are_summed_over_ranks() -> None:
@@ -114,11 +156,105 @@ async def test_engines_and_ledger_agree(home: Path, monkeypatch: pytest.MonkeyPa
         assert sum(b["prompt_of_further_answers"]["prompt"] for b in balances) > 0
         assert "balanced" in (await invoke("usage", "reconcile")).output
         # A row that is lost is found out.
-        from serving.metering import store
-
         with reading(told.url) as connection:
             connection.execute(store.USAGE.delete().where(store.USAGE.c.id == "g-1"))
         monkeypatch.setattr(usage, "SETTLE_S", 0)
         found = await invoke("usage", "reconcile", "--json")
         assert found.exit_code == 1
         assert sum(b["unexplained"]["completion"] for b in json.loads(found.output)) == 6
+
+
+class Losing:
+    """Engines that compute requests and give nothing of the first (until it is left), of the third (it breaks off) …"""
+
+    def __init__(self) -> None:
+        self.came = 0
+
+    def wrap(self, app: Any) -> Any:
+        async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+            number = self.came
+            self.came += scope.get("method") == "POST"
+            if scope.get("method") != "POST" or number % 2:
+                await app(scope, receive, send)
+                return
+            gone = asyncio.Event()
+
+            async def received() -> Any:
+                event = await receive()
+                if event["type"] == "http.disconnect":
+                    gone.set()
+                return event
+
+            async def sent(event: Any) -> None:
+                if event["type"] == "http.response.body":
+                    if number % 4 == 0:
+                        await gone.wait()
+                    raise BrokenOffError
+                await send(event)
+
+            await app(scope, received, sent)
+
+        return wrapped
+
+
+HEDGED: dict[str, Any] = NO_HOLD | {"faults": {"hedge_after_s": 0.05}}
+
+
+async def test_attempts_that_were_lost_are_a_cause(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = LedgerSettings(f"sqlite:///{home}/galerne.db", home / "ledger-spill", 2.0, 2**24)
+    ledger = Ledger(told, "g")
+    ledger.start()
+    engines = [FakeEngineConfig(decode_ms=3)] * 2
+    async with rig(*engines, ledger=ledger, wrap=Losing().wrap, chat=HEDGED) as made_rig:
+        cluster_of(made_rig, home)
+        # Hedged, tried again, hedged …
+        for n in (1, 1, 2, 3, 1, 1):
+            body = CHAT | {"stream": True, "n": n}
+            assert (await made_rig.http.post(COMPLETIONS, headers=AUTH, json=body)).status_code == 200
+        await made_rig.settled()
+        assert made_rig.total("galerne_hedges_total", won="second") >= 3
+        found = await invoke("usage", "reconcile", "--json")
+        assert found.exit_code == 0, found.output
+        balances = json.loads(found.output)
+        assert all(b["unexplained"] == {"prompt": 0, "completion": 0} for b in balances)
+        assert all(b["lost_attempts_at_least"] == b["lost_attempts_at_most"] for b in balances)
+        lost = sum(b["lost_attempts_at_most"]["prompt"] for b in balances)
+        assert lost > 0
+        assert sum(b["guessed_rows"] for b in balances) == 0
+        assert "lost attempts" in (await invoke("usage", "reconcile")).output
+        # Nobody pays for them.
+        sums = json.loads((await invoke("usage", "--format", "json")).output)
+        with reading(told.url) as connection:
+            rows = connection.execute(store.USAGE.select()).all()
+            assert sums[0]["prompt_tokens"] == sum(r.prompt_tokens for r in rows)
+            assert all(r.lost_engine != r.engine for r in rows)
+            # Without them it is found out.
+            connection.execute(store.USAGE.update().values(lost_engine=""))
+        monkeypatch.setattr(usage, "SETTLE_S", 0)
+        found = await invoke("usage", "reconcile", "--json")
+        assert found.exit_code == 1
+        assert sum(b["unexplained"]["prompt"] for b in json.loads(found.output)) == lost
+
+
+async def test_a_lost_attempt_that_its_engine_has_forgotten_has_a_bound(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "KEPT", 0)
+    told = LedgerSettings(f"sqlite:///{home}/galerne.db", home / "ledger-spill", 0.2, 2**24)
+    ledger = Ledger(told, "g")
+    ledger.start()
+    losing = Losing()
+    losing.came = 2
+    async with rig(*[FakeEngineConfig(decode_ms=3)] * 2, ledger=ledger, wrap=losing.wrap) as made_rig:
+        cluster_of(made_rig, home)
+        body = CHAT | {"stream": True}
+        assert (await made_rig.http.post(COMPLETIONS, headers=AUTH, json=body)).status_code == 200
+        await made_rig.settled()
+        found = await invoke("usage", "reconcile", "--json")
+        assert found.exit_code == 0, found.output
+        (lost,) = (b for b in json.loads(found.output) if b["lost_attempts_at_most"]["prompt"])
+        assert lost["lost_attempts_at_least"] == {"prompt": 0, "completion": 0}
+        assert lost["lost_attempts_at_most"]["completion"] == CHAT["max_tokens"]
+        assert lost["unexplained"] == {"prompt": 0, "completion": 0}
+        assert lost["engine_counted"]["prompt"] == lost["lost_attempts_at_most"]["prompt"]
+        assert f"0 to {CHAT['max_tokens']}" in (await invoke("usage", "reconcile")).output
