@@ -74,7 +74,9 @@ class LedgerQuestions:
             self._tenants.discard(question.tenant)
 
     def close(self) -> None:
-        """End the process. A question under way hears that the ledger is away."""
+        """End the process, once. A question under way hears that the ledger is away."""
+        if self._closed:
+            return
         self._closed = True
         self._stop_idling()
         # What the thread waits for comes to its end with this; it does the rest itself.

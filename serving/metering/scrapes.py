@@ -148,7 +148,7 @@ class Balance:
     edges: Tokens
     unexplained: Tokens
     guesses: int = 0
-    lost: Tokens = Tokens()
+    lost: Tokens = field(default_factory=Tokens)
 
     @property
     def balanced(self) -> bool:

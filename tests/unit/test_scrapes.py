@@ -143,6 +143,33 @@ def test_what_is_beyond_an_interval(counted: int, within: int, edges: int, left:
     assert balance("r", Increase(0, 100, Tokens(counted, counted)), rows).unexplained == Tokens(left, left)
 
 
+@pytest.mark.parametrize(
+    ("counted", "exact", "left", "balanced"),
+    [
+        # Of what a bound says any part may have been computed.
+        (10, True, 0, True),
+        (15, True, 0, True),
+        (16, True, 0, True),
+        (9, True, -1, False),
+        (17, True, 1, False),
+        # Nobody can say how much it was.
+        (99, False, 83, True),
+    ],
+)
+def test_attempts_that_were_lost_explain_what_they_computed(
+    counted: int, exact: bool, left: int, balanced: bool
+) -> None:
+    rows = [
+        Ran(20, 30, Tokens(7, 7)),
+        Ran(20, 30, Tokens(3, 3), lost=True),
+        Ran(20, 30, Tokens(6, 6), exact, lost=True, at_most=True),
+        Ran(200, 210, Tokens(99, 99), lost=True),
+    ]
+    found = balance("r", Increase(0, 100, Tokens(counted, counted)), rows)
+    assert (found.ledger, found.lost, found.edges) == (Tokens(7, 7), Tokens(3, 3), Tokens(6, 6))
+    assert (found.unexplained, found.balanced) == (Tokens(left, left), balanced)
+
+
 # -- out of Prometheus
 
 
@@ -245,11 +272,13 @@ def test_the_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = made(home, url=f"sqlite:///{home}/galerne.db")
     spill = Spill(told.spill_dir)
     rows = [row(n, started_at=NOW_S + n, prompt_tokens=10, counted_prompt_tokens=n) for n in range(20, 40)]
-    spill.write([*rows, row(99, started_at=NOW_S + 20, engine="never-scraped")], "x", NOW_S)
+    # What it computed for this one was lost: another answered it.
+    lost = {"lost_engine": "r0", "lost_prompt_tokens": 7, "lost_completion_tokens": 7}
+    spill.write([*rows, row(99, started_at=NOW_S + 20, engine="never-scraped", **lost)], "x", NOW_S)
     assert Writer(spill, told.url, print).drain()
     total = sum(range(20, 40))
     moments = [NOW_S + 5 * k for k in range(21)]
-    prometheus = Prometheus(*series("r0", [(at_s, 50.0 if at_s < NOW_S + 20 else 50.0 + total) for at_s in moments]))
+    prometheus = Prometheus(*series("r0", [(at_s, 50.0 if at_s < NOW_S + 20 else 57.0 + total) for at_s in moments]))
     monkeypatch.setattr(scraped, "Counters", lambda url, match: Counters(url, match, prometheus))
     at = [datetime.fromtimestamp(NOW_S + s, UTC).isoformat() for s in (-10, 90)]
     command = ["usage", "reconcile", "--prometheus", "http://prometheus:9090", "--from", at[0], "--to", at[1]]
@@ -260,7 +289,9 @@ def test_the_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert document["rows_of_replicas_not_scraped"] == 1
     (replica,) = document["replicas"]
     both = {"prompt": total, "completion": total}
-    assert replica["engine_counted"] == replica["ledger"] == both
+    assert replica["ledger"] == both
+    assert replica["lost_attempts"] == {"prompt": 7, "completion": 7}
+    assert replica["engine_counted"] == {"prompt": total + 7, "completion": total + 7}
     assert replica["unexplained"] == {"prompt": 0, "completion": 0}
     output = run.invoke(app, command).output
     assert "balanced" in output
