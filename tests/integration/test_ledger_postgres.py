@@ -12,13 +12,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from serving.cli import app
-from serving.metering import store
+from serving.metering import schema, store
 from serving.metering.ledger import Ledger
 from serving.metering.questions import Question
 from serving.metering.reader import Reader
+from serving.metering.reconcile import Lost, Tokens
 from serving.metering.spill import Spill
 from serving.metering.writer import Writer
 from tests.postgres import PASSWORD, Postgres
@@ -58,6 +60,28 @@ def test_rows_of_several_gateways(postgres: Postgres, tmp_path: Path, monkeypatc
     found = CliRunner().invoke(app, ["usage", "--by", "day", "--by", "tenant", "--format", "json"])
     (total,) = json.loads(found.output)
     assert (total["day"], total["requests"], total["prompt_tokens"]) == ("2026-09-21", 200, 2000)
+
+
+def test_a_table_of_before_and_attempts_that_were_lost(postgres: Postgres, tmp_path: Path) -> None:
+    complaints: list[str] = []
+    spill = Spill(tmp_path)
+    writer = Writer(spill, postgres.url, complaints.append)
+    assert writer.drain()
+    with reading(postgres.url) as connection:
+        # As the first version left it.
+        for name in ("lost_engine", "lost_prompt_tokens", "lost_completion_tokens", "lost_exact"):
+            connection.execute(sa.text(f"ALTER TABLE usage DROP COLUMN {name}"))
+        connection.execute(sa.text(f"UPDATE {schema.VERSIONS} SET version_num = '0001'"))  # noqa: S608 - a constant
+    writer.close()
+    lost = {"lost_engine": "lost-r1", "lost_prompt_tokens": 2**40, "lost_completion_tokens": 6}
+    rows = [row(1, id="lost-1", **lost), row(2, id="lost-2", **lost, lost_exact=False)]
+    spill.write([*rows, row(3, id="lost-3", **lost | {"lost_prompt_tokens": None}, lost_exact=False)], "x", NOW_S)
+    writer = Writer(spill, postgres.url, complaints.append)
+    assert writer.drain()
+    writer.close()
+    assert not complaints
+    with reading(postgres.url) as connection:
+        assert store.lost(connection) == {"lost-r1": Lost(Tokens(2**40, 6), Tokens(2**41, 18), unbounded=1)}
 
 
 def test_an_outage(postgres: Postgres, tmp_path: Path) -> None:
