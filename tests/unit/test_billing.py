@@ -124,7 +124,8 @@ async def test_the_bill_is_what_the_engines_counted(ledger: Kept) -> None:
             rows = await complete(ledger, int(made.total("galerne_requests_accepted_total")))
             engines = [await counted(server) for server in [*made.engines, embedding]]
     left = [row for row in rows if row.outcome == "cancelled"]
-    assert len(left) > REQUESTS / 10
+    # Six hundred leave; the busier the machine, the more of them before their request was read.
+    assert len(left) > REQUESTS / 40
     assert any(row.completion_tokens for row in left)
     assert all(row.exact for row in rows)
     assert {row.status for row in left} == {499}
