@@ -32,7 +32,7 @@ from serving.cluster.ray import (
     bind_loopback,
     node_ip,
 )
-from serving.config import GalerneConfig, Source
+from serving.config import ENV_LIMITS_STORE_PASSWORD, GalerneConfig, Source
 from serving.metering.ledger import Ledger
 from serving.metering.settings import settings
 from serving.metrics import targets
@@ -80,6 +80,7 @@ class GatewayReplica:
             wake=self._wake,
             ledger=self._ledger,
             limits_file=Path(os.environ[ENV_LIMITS_FILE]) if ENV_LIMITS_FILE in os.environ else None,
+            limits_password=os.environ.get(ENV_LIMITS_STORE_PASSWORD),
         )
         self._reloader = None if source is None else Reloader(source, config, self._gateway.reload, self._metrics)
         if self._reloader is not None:

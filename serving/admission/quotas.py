@@ -323,12 +323,15 @@ def _seconds(wait_s: float | None) -> int:
     return max(1, math.ceil(wait_s or 0.0))
 
 
-def of(config: GalerneConfig, metrics: StoreMetrics, file: Path | None) -> Quotas:
-    """The quotas of a configuration; `file` keeps budgets where no shared store and no file of its own is named."""
+def of(config: GalerneConfig, metrics: StoreMetrics, file: Path | None, password: str | None = None) -> Quotas:
+    """The quotas of a configuration; `file` keeps budgets where no shared store and no file of its own is named.
+
+    `password` is the shared store's where its URL has none.
+    """
     parts = urlsplit(config.limits_store)
     metrics.limits_store(up=True)
     if parts.scheme == MEMORY:
         memory = MemoryStore(time.time, Path(parts.path) if parts.path.strip("/") else file)
         return Quotas(config.tenants, memory, metrics=metrics)
-    link = RedisLink(config.limits_store, lambda up: metrics.limits_store(up=up))
+    link = RedisLink(config.limits_store, lambda up: metrics.limits_store(up=up), password)
     return Quotas(config.tenants, MemoryStore(time.time), link, on_outage=config.limits_on_outage, metrics=metrics)

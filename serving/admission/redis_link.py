@@ -27,14 +27,18 @@ T = TypeVar("T")
 class RedisLink:
     """One pool of connections."""
 
-    def __init__(self, url: str, on_change: Callable[[bool], None] = lambda _: None) -> None:
-        """`on_change(up)` is called when the store is lost or found."""
+    def __init__(
+        self, url: str, on_change: Callable[[bool], None] = lambda _: None, password: str | None = None
+    ) -> None:
+        """`on_change(up)` is called when the store is lost or found; `password` serves where the URL has none."""
         from redis.asyncio import BlockingConnectionPool, Redis
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
         pool = BlockingConnectionPool.from_url(
             url,
+            # The URL's own goes before it.
+            password=password,
             max_connections=CONNECTIONS,
             timeout=CALL_S,
             socket_timeout=CALL_S,

@@ -81,11 +81,12 @@ class Gateway:
         wake: Callable[[str], None] = lambda _: None,
         ledger: Ledger | None = None,
         limits_file: Path | None = None,
+        limits_password: str | None = None,
     ) -> None:
         """`wake(model)` is called while requests wait for a model that sleeps; it must not block.
 
         `ledger` gets a row for each accepted request; None: nobody is billed. `limits_file` keeps budgets across
-        restarts where no shared store does.
+        restarts where no shared store does; `limits_password` is the shared store's where its URL has none.
         """
         rng = rng or Random()  # noqa: S311 - spreads load; no secret depends on it
         self._config = config
@@ -109,7 +110,7 @@ class Gateway:
         self._explainer = Explainer(config, self._catalogue, self.replicas)
         self.hold = Hold(config.models, config.tenants, clock=clock, on_need=wake, metrics=metrics)
         self._rng = rng
-        self.quotas = quotas.of(config, metrics, limits_file)
+        self.quotas = quotas.of(config, metrics, limits_file, limits_password)
         self.health = Health(config.models, clock, metrics)
         faults = config.gateway.faults
         self._watch = Watch(

@@ -34,7 +34,7 @@ from serving.config.models import (
 )
 from serving.config.oidc import OidcConfig
 from serving.config.prometheus import PrometheusConfig
-from serving.config.quotas import LIMITS, MEMORY, Limit, OnOutage, QuotaConfig
+from serving.config.quotas import ENV_LIMITS_STORE_PASSWORD, LIMITS, MEMORY, Limit, OnOutage, QuotaConfig
 from serving.config.root import GalerneConfig
 from serving.config.routing import RoutingConfig, RoutingPolicy
 from serving.config.tenants import PRIORITIES, Priority, TenantConfig, TenantQueueConfig
@@ -45,6 +45,7 @@ __all__ = [
     "DEFAULT_SCOPES",
     "ENV_LEDGER_DIR",
     "ENV_LEDGER_URL",
+    "ENV_LIMITS_STORE_PASSWORD",
     "LIMITS",
     "MEMORY",
     "MODEL_ID",

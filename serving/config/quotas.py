@@ -10,6 +10,8 @@ from pydantic import AfterValidator, Field
 from serving.config.base import Frozen, PositiveInt
 
 MEMORY, REDIS, REDIS_TLS = "memory", "redis", "rediss"
+# The store's password where its URL has none, so that none need stand in the file (a Secret, on Kubernetes).
+ENV_LIMITS_STORE_PASSWORD: Final = "GALERNE_LIMITS_STORE_PASSWORD"  # noqa: S105 - its name
 # The limits by their short names, as metrics and errors have them.
 Limit = Literal["requests", "tokens", "concurrent", "day", "month"]
 LIMITS: Final[tuple[Limit, ...]] = get_args(Limit)

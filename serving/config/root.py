@@ -34,7 +34,8 @@ class GalerneConfig(Frozen):
     # Issuers of tokens (OpenID Connect) that are taken beside keys.
     oidc: tuple[OidcConfig, ...] = ()
     # Where quotas are counted: memory:// in the gateway itself (memory:///file keeps budgets there across restarts), or
-    # redis://user:password@host:6379/0 for all gateways, which then share fairness too; rediss:// with TLS.
+    # redis://user:password@host:6379/0 for all gateways, which then share fairness too; rediss:// with TLS. A password
+    # that is not there may come in the variable GALERNE_LIMITS_STORE_PASSWORD.
     limits_store: StoreUrl = "memory://"
     # While it does not answer. local: each gateway counts against its part of the limits, so that neither everybody is
     # refused nor anybody unlimited; open: nothing is counted; closed: tenants with quotas hear 503.

@@ -32,8 +32,8 @@ class Ran:
     err: str
 
 
-def helm(line: str, *args: str) -> Ran:
-    """Run a helm of `.tools/helm`; skips without it, fails in CI."""
+def helm(line: str, *args: str, home: Path = ROOT / "build" / "helm-home") -> Ran:
+    """Run a helm of `.tools/helm`, which keeps its own things in `home`; skips without it, fails in CI."""
     program = TOOLS / line
     if not program.exists():
         reason = f"{program.relative_to(ROOT)} is not installed: `make helm` does it"
@@ -41,7 +41,6 @@ def helm(line: str, *args: str) -> Ran:
             pytest.fail(reason)
         pytest.skip(reason)
     # Nothing of the user's own helm: no plugins, no repositories, no cluster.
-    home = ROOT / "build" / "helm-home"
     env = {"PATH": "/usr/bin:/bin", "HOME": str(home), "HELM_CACHE_HOME": str(home), "HELM_CONFIG_HOME": str(home)}
     done = subprocess.run([program, *args], capture_output=True, text=True, env=env, timeout=60, check=False, cwd=ROOT)
     return Ran(done.returncode, done.stdout, done.stderr)

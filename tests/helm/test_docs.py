@@ -18,10 +18,12 @@ import pytest
 import yaml
 
 from tests.helm.rendering import HELMS, ROOT, TOOLS, galerne_config, helm
+from tests.helm.stack import checkout, repository
 from tests.helm.test_objects import core_validator
 from tests.integration.running import GALERNE
 
-GUIDES = ("install-aks.md", "install-onprem.md", "install-airgap.md")
+STACK = "install-stack.md"
+GUIDES = ("install-aks.md", "install-onprem.md", "install-airgap.md", STACK)
 # (program, words after it): what only a cluster, a cloud or a registry answers.
 ELSEWHERE = (
     ("az",),
@@ -29,13 +31,21 @@ ELSEWHERE = (
     ("kubectl", "get"),
     ("kubectl", "label"),
     ("kubectl", "delete"),
-    ("helm", "repo", "add"),
     ("helm", "install"),
     ("helm", "pull"),
     ("helm", "test"),
     ("helm", "uninstall"),
 )
-HERE = (("helm", "lint"), ("helm", "template"), ("helm", "package"), ("cp",), ("export",), ("galerne",))
+HERE = (
+    ("helm", "repo", "add"),
+    ("helm", "dependency", "build"),
+    ("helm", "lint"),
+    ("helm", "template"),
+    ("helm", "package"),
+    ("cp",),
+    ("export",),
+    ("galerne",),
+)
 
 
 def blocks(guide: str, language: str) -> list[str]:
@@ -80,7 +90,7 @@ def test_the_commands_of_a_guide(guide: str, line: str, tmp_path: Path) -> None:
     programs.mkdir()
     for name, target in (("helm", TOOLS / line), ("kubectl", TOOLS / "kubectl"), ("galerne", GALERNE)):
         (programs / name).symlink_to(target)
-    (tmp_path / "helm").symlink_to(ROOT / "helm")
+    checkout(tmp_path / "helm")
     (tmp_path / "galerne.yaml").write_text(yaml.safe_dump(galerne_config("values-airgap.yaml")))
     script = [run for command in commands(guide) if (run := runnable(command)) is not None]
     assert len(script) >= 6
@@ -92,11 +102,13 @@ def test_the_commands_of_a_guide(guide: str, line: str, tmp_path: Path) -> None:
         "REDIS_PASSWORD": "x",
         "KUBECONFIG": os.devnull,
     }
-    for command in script:
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-500:]}{done.stderr}"
+    with repository(tmp_path, {name: pin["version"] for name, pin in pins().items()}) as url:
+        env |= dict.fromkeys(re.findall(r"\$(\w+_CHARTS)", "\n".join(script)), url)
+        for command in script:
+            done = subprocess.run(
+                ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout[-500:]}{done.stderr}"
 
 
 def pins() -> dict[str, dict[str, Any]]:
@@ -105,7 +117,7 @@ def pins() -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("guide", [guide for guide in GUIDES if guide != STACK])
 def test_operators_are_installed_as_pinned(guide: str) -> None:
     installed = 0
     for command in commands(guide):

@@ -88,6 +88,8 @@ REFUSED = (
         "open the way to it in networkPolicy.egress",
     ),
     ("config: {limits_store: 'rediss://redis.data:6379/0'}", "config.limits_store names a Redis that network policies"),
+    ("ledger: {existingSecret: a}", "open the way to it in networkPolicy.gatewayEgress"),
+    ("limitsStore: {passwordSecret: {name: a}}", "config.limits_store names none"),
     ("gcs: {redisAddress: 'redis:6379'}", "set redis.enabled to false"),
     ("{gcs: {redisAddress: 'redis:6379'}, redis: {enabled: false}}", "gcs.passwordSecret.name is empty"),
     ("upgrade: {strategy: NewClusterWithIncrementalUpgrade}", "needs autoscaler.enabled"),

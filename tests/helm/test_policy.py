@@ -151,6 +151,21 @@ def test_who_may_reach_whom(who: str, whom: str, port: int, may: bool) -> None:
     assert may_reach(EVERYTHING, labels[who], labels[whom], port) is may
 
 
+def test_ways_that_are_gateways_alone() -> None:
+    labels = {pod.metadata["labels"]["app.kubernetes.io/component"]: pod.metadata["labels"] for pod in pods(EVERYTHING)}
+    out = {
+        who: {
+            peer["ipBlock"]["cidr"]
+            for spec in selecting(EVERYTHING, labels[who])
+            for rule in spec.get("egress", [])
+            for peer in rule["to"]
+            if "ipBlock" in peer
+        }
+        for who in ("gateway", "engine", "head")
+    }
+    assert out == {"gateway": {"10.9.0.5/32"}, "engine": set(), "head": {"10.0.0.10/32"}}
+
+
 @pytest.mark.parametrize("values", CLOSED)
 def test_only_the_operator_reaches_the_dashboard(values: str) -> None:
     for thing in of_kind(values, "NetworkPolicy"):

@@ -394,6 +394,23 @@ def test_durations_and_parts() -> None:
 # -- a store that goes away
 
 
+@pytest.mark.parametrize("where", ["variable", "URL"])
+async def test_the_password_of_a_store(where: str, server: RedisServer) -> None:
+    without = server.url.replace(f":{PASSWORD}@", "")
+    url, password = (without, PASSWORD) if where == "variable" else (server.url, "of another store")
+    link = RedisLink(url, password=password)
+    try:
+        assert await link.probe()
+        assert PASSWORD not in repr(link)
+    finally:
+        await link.close()
+    stranger = RedisLink(without, password="wrong")
+    try:
+        assert not await stranger.probe()
+    finally:
+        await stranger.close()
+
+
 @pytest.mark.parametrize("policy", ["open", "closed", "local"])
 async def test_an_outage_and_its_end(policy: Any, tmp_path: Path) -> None:
     with redis_server(tmp_path) as own:

@@ -106,16 +106,21 @@ and administrators are no part of it: gateways take them from the file while the
 {{- if and $values.config.tracing $values.networkPolicy.enabled (not $values.networkPolicy.egress) -}}
 {{- fail "config.tracing names a collector that network policies close off: open the way to it in networkPolicy.egress, for example [{to: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: tracing}}}], ports: [{port: 4318, protocol: TCP}]}]" -}}
 {{- end -}}
+{{- $closed := and $values.networkPolicy.enabled (not $values.networkPolicy.egress) (not $values.networkPolicy.gatewayEgress) -}}
 {{- range $values.config.oidc -}}
-{{- if and .jwks_url $values.networkPolicy.enabled (not $values.networkPolicy.egress) -}}
-{{- fail (printf "config.oidc names %s, which network policies close off: open the way to it in networkPolicy.egress, for example [{to: [{ipBlock: {cidr: 0.0.0.0/0, except: [169.254.0.0/16]}}], ports: [{port: 443, protocol: TCP}]}], or give jwks_file" .jwks_url) -}}
+{{- if and .jwks_url $closed -}}
+{{- fail (printf "config.oidc names %s, which network policies close off: open the way to it in networkPolicy.gatewayEgress, for example [{to: [{ipBlock: {cidr: 0.0.0.0/0, except: [169.254.0.0/16]}}], ports: [{port: 443, protocol: TCP}]}], or give jwks_file" .jwks_url) -}}
 {{- end -}}
 {{- end -}}
-{{- if and (hasPrefix "redis" (default "" $values.config.limits_store)) $values.networkPolicy.enabled (not $values.networkPolicy.egress) -}}
-{{- fail "config.limits_store names a Redis that network policies close off: open the way to it in networkPolicy.egress, for example [{to: [{ipBlock: {cidr: 10.9.0.6/32}}], ports: [{port: 6379, protocol: TCP}]}]" -}}
+{{- $limitsInRedis := hasPrefix "redis" (default "" $values.config.limits_store) -}}
+{{- if and $limitsInRedis $closed -}}
+{{- fail "config.limits_store names a Redis that network policies close off: open the way to it in networkPolicy.gatewayEgress, for example [{to: [{ipBlock: {cidr: 10.9.0.6/32}}], ports: [{port: 6379, protocol: TCP}]}]" -}}
 {{- end -}}
-{{- if and $values.ledger.existingSecret $values.networkPolicy.enabled (not $values.networkPolicy.egress) -}}
-{{- fail "ledger.existingSecret names a database that network policies close off: open the way to it in networkPolicy.egress, for example [{to: [{ipBlock: {cidr: 10.9.0.5/32}}], ports: [{port: 5432, protocol: TCP}]}]" -}}
+{{- if and $values.limitsStore.passwordSecret.name (not $limitsInRedis) (not $values.tenants.existingSecret) -}}
+{{- fail "limitsStore.passwordSecret is the password of a Redis, and config.limits_store names none: set it to redis://HOST:6379/0" -}}
+{{- end -}}
+{{- if and $values.ledger.existingSecret $closed -}}
+{{- fail "ledger.existingSecret names a database that network policies close off: open the way to it in networkPolicy.gatewayEgress, for example [{to: [{ipBlock: {cidr: 10.9.0.5/32}}], ports: [{port: 5432, protocol: TCP}]}]" -}}
 {{- end -}}
 {{- if and $values.gcs.redisAddress $values.redis.enabled -}}
 {{- fail "gcs.redisAddress names a Redis of yours: set redis.enabled to false" -}}

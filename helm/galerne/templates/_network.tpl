@@ -17,9 +17,36 @@
       - {key: app.kubernetes.io/component, operator: In, values: [{{ rest . | join ", " }}]}
 {{- end }}
 
+{{/* Pods of a namespace, the release's own where it is empty; all of them where no labels are given.
+Argument: (list $ namespace labels) */}}
 {{- define "galerne.namespacePeer" -}}
 - namespaceSelector:
-    matchLabels: {kubernetes.io/metadata.name: {{ . }}}
+    matchLabels: {kubernetes.io/metadata.name: {{ index . 1 | default (index . 0).Release.Namespace }}}
+  {{- with index . 2 }}
+  podSelector:
+    matchLabels: {{- toYaml . | nindent 6 }}
+  {{- end }}
+{{- end }}
+
+{{/* The KubeRay operator. */}}
+{{- define "galerne.operatorPeer" -}}
+{{- include "galerne.namespacePeer" (list . .Values.networkPolicy.operatorNamespace .Values.networkPolicy.operatorPodLabels) -}}
+{{- end }}
+
+{{/* Prometheus. */}}
+{{- define "galerne.prometheusPeer" -}}
+{{- include "galerne.namespacePeer" (list . .Values.networkPolicy.monitoringNamespace .Values.networkPolicy.monitoringPodLabels) -}}
+{{- end }}
+
+{{/* Ports and addresses of the API server. */}}
+{{- define "galerne.apiServerRule" -}}
+- to:
+    {{- range .Values.networkPolicy.apiServer }}
+    - ipBlock: {cidr: {{ . }}}
+    {{- end }}
+  ports:
+    - {port: 443, protocol: TCP}
+    - {port: 6443, protocol: TCP}
 {{- end }}
 
 {{/* What Ray's pods ask of one another: control (6379 on the head), raylets and object store, agents, workers, Serve's
