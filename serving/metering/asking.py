@@ -92,16 +92,17 @@ class LedgerQuestions:
                 await self._turn.acquire()
         except TimeoutError:
             raise NoAnswer("slow", "others' questions take long") from None
+        loop = asyncio.get_running_loop()
         try:
             self._stop_idling()
-            loop = asyncio.get_running_loop()
             reply = await loop.run_in_executor(self._thread, self._exchange, _encode(question) + b"\n")
-            self._idle = loop.call_later(self._idle_s, self._thread.submit, self._end)
         except RuntimeError as error:
             # The executor takes nothing after `close`.
             raise NoAnswer("away", str(error)) from None
         finally:
             self._turn.release()
+            if not self._closed:
+                self._idle = loop.call_later(self._idle_s, self._thread.submit, self._end)
         if reply.trouble is not None:
             raise NoAnswer(reply.trouble, reply.reason)
         return reply.sums

@@ -35,13 +35,14 @@ SHOWN_S: Final = 390
 PAUSE_S: Final = 1.5
 PRESS, JOBS, NOBODY = "sk-demo-press", "sk-demo-jobs", "sk-nobody"
 _CHAT: Final = {"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
-# key, path, body
-ASIDE: Final[tuple[tuple[str, str, dict[str, Any]], ...]] = (
+# key, path, body; None: by GET
+ASIDE: Final[tuple[tuple[str, str, dict[str, Any] | None], ...]] = (
     (JOBS, "/v1/embeddings", {"model": "all-minilm-l6-v2", "input": ["a vacancy", "a second one"]}),
     (PRESS, "/v1/embeddings", {"model": "all-minilm-l6-v2", "input": "a report"}),
     (NOBODY, "/v1/chat/completions", _CHAT),
     (JOBS, "/v1/chat/completions", _CHAT | {"model": "nothing"}),
     (PRESS, "/v1/chat/completions", _CHAT | {"n": 99}),
+    (JOBS, "/v1/usage?group_by=model", None),
 )
 
 
@@ -51,7 +52,8 @@ def _aside(url: str, stopping: threading.Event) -> None:
         key, path, body = ASIDE[number % len(ASIDE)]
         number += 1
         headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
-        request = urllib.request.Request(url + path, json.dumps(body).encode(), headers)  # noqa: S310 - our own cluster
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url + path, data, headers)  # noqa: S310 - our own cluster
         try:
             urllib.request.urlopen(request, timeout=60).close()  # noqa: S310
         except urllib.error.HTTPError as refused:
