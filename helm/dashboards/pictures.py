@@ -23,9 +23,10 @@ from typing import Final
 from PIL import Image
 
 from helm.dashboards.documents import ShownDashboard, ShownPanel, read
-from helm.dashboards.panels import BYTES, BYTES_PER_S, COUNT, FULL_WIDTH, HOURS, REQUESTS_PER_S, SECONDS, SHARE, YES_NO
+from helm.dashboards.panels import BYTES, BYTES_PER_S, COUNT, HALF, HOURS, REQUESTS_PER_S, SECONDS, SHARE, YES_NO
 from helm.dashboards.prometheus import Answered, Prometheus, Span
 from loadtest.reports.svg import COLOURS, Curve, Guide, Plot, figure
+from loadtest.reports.svg import WIDTH as HALF_PLOT
 from loadtest.reports.text import escaped, number
 
 OUT: Final = Path("docs/dashboards")
@@ -53,7 +54,6 @@ body { max-width: none; padding: 1rem; } :root { color-scheme: light; }
 .grid24 > h2 { grid-column: span 24; margin: 1rem 0 0; }
 .number { font-size: 2rem; font-weight: 600; margin: .3rem 0; }
 .bars { list-style: none; margin: .4rem 0; padding: 0; } .bars li { margin: .2rem 0; }
-.whole svg { max-height: 17rem; }
 .bars i { display: block; height: .55rem; background: var(--c0); } .unit { color: var(--soft); font-weight: 400; }
 """
 
@@ -67,8 +67,7 @@ def page(dashboard: ShownDashboard, prometheus: Prometheus, span: Span, told: st
         else:
             answers = [series for query in panel.queries for series in prometheus.ask(query, span)]
             shown = _drawn(panel, [one for one in answers if one.points], span)
-            whole = ' class="whole"' if panel.place[2] == FULL_WIDTH else ""
-            parts.append(f'<div{whole} style="grid-column: span {panel.place[2]}">{shown}</div>')
+            parts.append(f'<div style="grid-column: span {panel.place[2]}">{shown}</div>')
     css = resources.files("loadtest.reports").joinpath("report.css").read_text(encoding="utf-8")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><style>{css}{_STYLE}</style></head><body>'
@@ -87,10 +86,12 @@ def _drawn(panel: ShownPanel, answers: Sequence[Answered], span: Span) -> str:
     if panel.kind == "stat":
         value = number(answers[0].points[-1][1] * factor, 3)
         return f'<figure>{title}<p class="number">{value} <span class="unit">{escaped(unit)}</span></p></figure>'
+    # An increase is an estimate between scrapes, of things that are whole.
+    whole = panel.unit == COUNT
     values = sorted(((one.points[-1][1] * factor, one.name) for one in answers), reverse=True)
     most = max(values[0][0], 1e-9)
     bars = "".join(
-        f"<li>{escaped(name)}: {number(value, 3)} {escaped(unit)}"
+        f"<li>{escaped(name)}: {number(round(value) if whole else value, 3)} {escaped(unit)}"
         f'<i style="width:{max(0.5, 100 * value / most):.1f}%"></i></li>'
         for value, name in values[:COLOURS]
     )
@@ -98,9 +99,14 @@ def _drawn(panel: ShownPanel, answers: Sequence[Answered], span: Span) -> str:
 
 
 def _plot(panel: ShownPanel, answers: Sequence[Answered], span: Span, factor: float, unit: str) -> Plot:
-    """The lines of a panel; those beyond what can be told apart are left out, the smallest first, and counted."""
-    shown = sorted(answers, key=lambda one: -max(value for _, value in one.points))[:COLOURS]
+    """The lines of a panel; those beyond what can be told apart are left out, the smallest first, and counted.
+
+    So are bars of nothing beside others: the colours are for those that can be seen.
+    """
     stacked = panel.document["fieldConfig"]["defaults"]["custom"].get("stacking", {}).get("mode") == "normal"
+    ranked = sorted(answers, key=lambda one: -max(value for _, value in one.points))
+    seen = [one for one in ranked if any(value for _, value in one.points)] if stacked else ranked
+    shown = (seen or ranked)[:COLOURS]
     times = [span.start_s + index * span.step_s for index in range(STEPS + 1)]
     curves = []
     for one in sorted(shown, key=lambda one: one.name):
@@ -110,15 +116,19 @@ def _plot(panel: ShownPanel, answers: Sequence[Answered], span: Span, factor: fl
         )
         curves.append(Curve(one.name, points))
     steps = panel.document["fieldConfig"]["defaults"]["thresholds"]["steps"]
-    hidden = len(answers) - len(shown)
+    nothing = len(ranked) - len(seen or ranked)
+    hidden = len(ranked) - nothing - len(shown)
+    left_out = [f"{nothing} that stay at 0"] * bool(nothing) + [f"{hidden} smaller ones"] * bool(hidden)
     return Plot(
         panel.title,
         "minutes",
         unit,
         curves,
-        f"{hidden} smaller ones are left out." if hidden else "",
+        f"Left out: {', '.join(left_out)}." if left_out else "",
         bar_width=span.step_s / 60 * 0.95 if stacked else None,
         guides=[Guide("worry", step["value"] * factor) for step in steps if step["value"] is not None],
+        # As wide as its place in the layout, so that letters have one size.
+        width=round(HALF_PLOT * panel.place[2] / HALF),
     )
 
 

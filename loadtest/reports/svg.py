@@ -66,6 +66,8 @@ class Plot:
     guides: Sequence[Guide] = ()
     # The x range to shade, with its name.
     shaded: tuple[float, float, str] | None = None
+    # In units of which a letter is 11 high; the height is HEIGHT.
+    width: int = WIDTH
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -155,9 +157,9 @@ def draw(plot: Plot) -> str:
     else:
         for index, curve in enumerate(plot.curves):
             parts += _line(plot, curve, index % COLOURS, x, y)
-    parts += [_guide(guide, x, y) for guide in plot.guides]
+    parts += [_guide(guide, x, y, plot.width) for guide in plot.guides]
     label = escaped(f"{plot.title}: {plot.y_label} against {plot.x_label}")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {plot.width} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _values(plot: Plot) -> list[tuple[float, float]]:
@@ -188,7 +190,7 @@ def _axes(plot: Plot, found: Sequence[tuple[float, float]]) -> tuple[Axis, Axis]
     step = ticks(0.0, top)[1]
     top = math.ceil(top / step - 1e-9) * step
     return (
-        Axis(low, high, _LEFT, WIDTH - _RIGHT, log=plot.log_x),
+        Axis(low, high, _LEFT, plot.width - _RIGHT, log=plot.log_x),
         Axis(0.0, top, HEIGHT - _BOTTOM, _TOP),
     )
 
@@ -210,7 +212,7 @@ def _shade(plot: Plot, x: Axis) -> Iterator[str]:
 
 
 def _grid(plot: Plot, x: Axis, y: Axis) -> Iterator[str]:
-    bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
+    bottom, right = HEIGHT - _BOTTOM, plot.width - _RIGHT
     for tick in y.ticks():
         at = y.place(tick)
         yield f'<path d="M{_LEFT} {at:.1f}H{right}" class="grid"/>'
@@ -279,9 +281,9 @@ def _bars(plot: Plot, width: float, x: Axis, y: Axis) -> Iterator[str]:
             )
 
 
-def _guide(guide: Guide, x: Axis, y: Axis) -> str:
+def _guide(guide: Guide, x: Axis, y: Axis, width: int) -> str:
     if guide.vertical:
         path = f"M{x.place(guide.at):.1f} {_TOP}V{HEIGHT - _BOTTOM}"
     else:
-        path = f"M{_LEFT} {y.place(guide.at):.1f}H{WIDTH - _RIGHT}"
+        path = f"M{_LEFT} {y.place(guide.at):.1f}H{width - _RIGHT}"
     return f'<path d="{path}" class="guide"><title>{escaped(guide.name)}: {number(guide.at)}</title></path>'

@@ -92,3 +92,24 @@ def test_a_page_draws_what_was_answered_and_says_where_nothing_was(prometheus: P
     # Every query of the file was asked, lines over the whole time and numbers at its end.
     assert {one["query"] for one in Server.asked} == {q.expr for panel in drawn for q in panel.queries}
     assert {one.get("time", "1900.0") for one in Server.asked} == {"1900.0"}
+
+
+def test_bars_of_nothing_take_no_colour_from_others(prometheus: Prometheus) -> None:
+    tenant = next(d for d in read(900, 60) if d.uid == "galerne-tenant")
+    panels = {panel.title: panel for panel in tenant.panels}
+    stacked, sums = panels["Refusals by quota"].queries[0], panels["Refusals in the time shown"].queries[0]
+    rows = [({"tenant": f"t{n}", "limit": "day"}, str(n)) for n in range(4)]
+    Server.answers = {
+        stacked.expr: [{"metric": metric, "values": [[1000, "0"], [1010, value]]} for metric, value in rows],
+        sums.expr: [{"metric": {"tenant": "t", "code": "c"}, "value": [1900, "41.6"]}],
+    }
+    text = page(tenant, prometheus, SPAN, "")
+    assert "Left out: 1 that stay at 0." in text
+    assert "t0 day" not in text
+    assert all(f"t{n} day" in text for n in (1, 2, 3))
+    # As wide as the page, with letters as large as elsewhere; and what is counted is whole.
+    assert text.count('viewBox="0 0 760 240"') == 1
+    assert "t c: 42 " in text
+    for row in Server.answers[stacked.expr]:
+        row["values"] = [[1000, "0"]]
+    assert "t0 day" in page(tenant, prometheus, SPAN, "")
