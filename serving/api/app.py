@@ -39,6 +39,7 @@ from serving.api.explain import Explainer, asked
 from serving.api.hedge import hedge_after_s
 from serving.api.ops import PATHS as OPS
 from serving.api.ops import Ops
+from serving.api.peers import Peers
 from serving.api.relay import CutAnswer, Relay
 from serving.api.upstream import Pool
 from serving.api.usage import TenantUsage
@@ -49,6 +50,7 @@ from serving.errors import BadRequest, HeadersTooLarge, MethodNotAllowed, NotFou
 from serving.metering.asking import LedgerQuestions
 from serving.metering.ledger import Ledger
 from serving.metrics.gateway import GatewayMetrics
+from serving.routing.fingerprint import secret
 from serving.routing.health import Health
 from serving.routing.replicas import Endpoint, ReplicaSet
 
@@ -61,6 +63,10 @@ BUSY_RETRY_AFTER_S = 1
 SESSION_HEADER = b"x-session-id"
 # An administrator's key beside a tenant's: the answer says which replica it came from and why.
 ADMIN_HEADER = b"x-galerne-admin"
+
+# What a replica said of its load counts until so many probes later: one that has gone silent is ejected by then.
+PROBES_HEARD = 5
+GATEWAY_NAME_CHARS = 16
 
 log = structlog.get_logger("galerne.gateway")
 
@@ -102,8 +108,10 @@ class Gateway:
         self._echo_request_id = echo_request_id
         self._clock = clock
         self._in_flight = 0
-        self.replicas = ReplicaSet(config.models, rng, clock=clock, on_choice=metrics.routed)
-        self._pool = Pool(config.gateway.connect_timeout_s)
+        self.replicas = ReplicaSet(config.models, rng, clock=clock, on_choice=metrics.routed, key=secret(engine_token))
+        name = uuid.uuid4().hex[:GATEWAY_NAME_CHARS].encode()
+        self._pool = Pool(config.gateway.connect_timeout_s, name, self.replicas.hear)
+        self._peers = Peers(self._pool, self.replicas, engine_token=engine_token)
         self._facts = EngineFacts(self._pool, self.replicas)
         self._salts = CacheSalts(engine_token, (tenant.id for tenant in config.tenants))
         self._catalogue = Catalogue(config, self.replicas, int(time.time()))
@@ -113,8 +121,15 @@ class Gateway:
         self.quotas = quotas.of(config, metrics, limits_file, limits_password)
         self.health = Health(config.models, clock, metrics)
         faults = config.gateway.faults
+        heard_for_s = PROBES_HEARD * faults.probe_interval_s
         self._watch = Watch(
-            self._pool, self.health, faults, engine_token=engine_token, clock=clock, on_slow=metrics.slow_reader
+            self._pool,
+            self.health,
+            faults,
+            engine_token=engine_token,
+            clock=clock,
+            on_slow=metrics.slow_reader,
+            on_round=lambda: self.replicas.forget_said(heard_for_s),
         )
         self._shedder = Shedder(Bounds(faults.shed_lag_s, faults.shed_memory_bytes), lambda: self._in_flight)
         self._tasks: list[asyncio.Task[None]] = []
@@ -160,6 +175,7 @@ class Gateway:
 
     def divide(self, gateways: int) -> None:
         """Take how many gateways, this one included, serve the same clients with the same engines."""
+        self.replicas.share(gateways > 1)
         self.hold.divide(gateways)
         self.quotas.divide(gateways)
 
@@ -167,6 +183,7 @@ class Gateway:
         """Begin what goes on beside requests; to be called on the event loop."""
         beside = {
             "watch": self._watch.run(),
+            "peers": self._peers.run(asyncio.sleep),
             "loop-lag": loop_lag.watch(self._late, self._clock, asyncio.sleep),
             "quotas": self.quotas.watch(asyncio.sleep),
         }

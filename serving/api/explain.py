@@ -1,7 +1,7 @@
 """Answers administrators which replica a request would go to now, and why; nothing is sent and nothing is changed.
 
-One gateway answers for itself: where there are several, each has an index and counts of its own, and whoever asks
-through their common front asks any of them. `gateway` tells which.
+One gateway answers for itself: where there are several, each knows others' requests as of the last exchange with them
+(serving.api.peers), and whoever asks through their common front asks any of them. `gateway` tells which.
 """
 
 from __future__ import annotations
@@ -83,7 +83,5 @@ class Explainer:
         models = None if tenant.models is None else frozenset(tenant.models)
         model = self._catalogue.model(facts.model, Identity(tenant.id, "", models))
         session = None if found.session is None else found.session.encode("latin-1", "replace")
-        wanted = asked(route, facts, body, tenant.id, model.id, session).wanted(
-            reads_prompts=self._replicas.reads_prompts(model.id)
-        )
+        wanted = self._replicas.wanted(model.id, asked(route, facts, body, tenant.id, model.id, session))
         return {"gateway": os.getpid(), "model": model.id} | self._replicas.router(model.id).explain(wanted)

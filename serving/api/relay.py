@@ -22,6 +22,7 @@ from serving.api.retry import SERVER_ERROR, again_allowed, answered, failed_engi
 from serving.api.upstream import Connection, Pool, UpstreamError
 from serving.api.watch import Watch
 from serving.cluster.edge import ENGINE_TOKEN_HEADER
+from serving.engine.load import GATEWAY_HEADER, signed
 from serving.errors import RateLimited, RequestError, Unavailable, UpstreamFailed
 from serving.metering.answers import EVENT_END, meter
 from serving.metering.best_known import best_known
@@ -211,7 +212,6 @@ class Relay:
         tried: set[str] = set()
         # The engine refuses a request id it already runs, and a client chooses its own: make it unique.
         unique = f"{exchange.request_id}-{self._rng.getrandbits(32):08x}"
-        head = self._head(exchange, unique)
         ejections = self._health[exchange.model].ejections
         while len(tried) < MAX_REPLICAS_TRIED:
             lease = self._replicas.lease(
@@ -221,7 +221,7 @@ class Relay:
                 break
             try:
                 connection = await self._pool.connection(lease.endpoint)
-                connection.send(head, exchange.body)
+                connection.send(self._head(exchange, unique, lease), exchange.body)
                 exchange.engine_request_id = unique
             except UpstreamError as error:
                 with lease:  # gives the lease back
@@ -242,14 +242,16 @@ class Relay:
             )
         return None
 
-    def _head(self, exchange: Exchange, unique: str) -> bytes:
+    def _head(self, exchange: Exchange, unique: str, lease: Lease) -> bytes:
         return (
             b"POST %b HTTP/1.1\r\nhost: engine\r\ncontent-type: application/json\r\n%b: %b\r\n"
-            b"x-request-id: %b\r\n%bcontent-length: %d\r\n\r\n"
+            b"%b: %b\r\nx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n"
             % (
                 exchange.path.encode(),
                 TOKEN_HEADER,
                 self._token,
+                GATEWAY_HEADER,
+                signed(self._pool.gateway, *lease.tokens),
                 unique.encode(),
                 exchange.traceparent,
                 len(exchange.body),

@@ -19,6 +19,7 @@ from typing import Literal
 import httptools
 
 from serving.cluster.edge import ENGINE_TOKEN_HEADER
+from serving.engine.load import GATEWAY_HEADER, LOAD_HEADER, Said, read
 from serving.errors import GalerneError
 from serving.routing.replicas import Endpoint
 
@@ -52,6 +53,7 @@ class Connection(asyncio.Protocol):
         "_keep_alive",
         "_loop",
         "_on_closed",
+        "_on_said",
         "_parser",
         "_paused",
         "_transport",
@@ -65,9 +67,16 @@ class Connection(asyncio.Protocol):
         "status",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_closed: Callable[[Connection], None]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        on_closed: Callable[[Connection], None],
+        on_said: Callable[[Said], None] = lambda _: None,
+    ) -> None:
+        """`on_said` is told of the load that an answer's head says; it is not among the answer's headers."""
         self._loop = loop
         self._on_closed = on_closed
+        self._on_said = on_said
         self._transport: asyncio.Transport | None = None
         self._closed = False
         self.idle_since = 0.0
@@ -120,7 +129,11 @@ class Connection(asyncio.Protocol):
             raise UpstreamError("broken", "the engine sent more than one answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
+        name = name.lower()
+        if name != LOAD_HEADER:
+            self.headers.append((name, value))
+        elif (said := read(value)) is not None:
+            self._on_said(said)
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
@@ -236,8 +249,16 @@ class Connection(asyncio.Protocol):
 class Pool:
     """Idle connections by engine endpoint. Used from one event loop only."""
 
-    def __init__(self, connect_timeout_s: float) -> None:
+    def __init__(
+        self,
+        connect_timeout_s: float,
+        gateway: bytes = b"",
+        on_said: Callable[[Endpoint, Said], None] = lambda *_: None,
+    ) -> None:
+        """`gateway`: what this one is called at engines; `on_said` is told of the load in any answer's head."""
         self._connect_timeout_s = connect_timeout_s
+        self.gateway = gateway
+        self._on_said = on_said
         self._idle: dict[Endpoint, deque[Connection]] = {}
 
     async def connection(self, endpoint: Endpoint) -> Connection:
@@ -252,7 +273,9 @@ class Pool:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(loop, lambda c: self._forget(endpoint, c)),
+                    lambda: Connection(
+                        loop, lambda c: self._forget(endpoint, c), lambda said: self._on_said(endpoint, said)
+                    ),
                     endpoint.host,
                     endpoint.port,
                 )
@@ -267,10 +290,24 @@ class Pool:
 
         Raises UpstreamError.
         """
+        return await self._ask(endpoint, f"GET {path}", token, None, most_bytes)
+
+    async def post(
+        self, endpoint: Endpoint, path: str, token: str, body: bytes, *, most_bytes: int
+    ) -> tuple[int, bytes]:
+        """The same for a request with a body."""
+        return await self._ask(endpoint, f"POST {path}", token, body, most_bytes)
+
+    async def _ask(
+        self, endpoint: Endpoint, what: str, token: str, content: bytes | None, most_bytes: int
+    ) -> tuple[int, bytes]:
         connection = await self.connection(endpoint)
         try:
-            head = f"GET {path} HTTP/1.1\r\nhost: engine\r\n{ENGINE_TOKEN_HEADER}: {token}\r\n\r\n"
-            connection.send(head.encode(), b"")
+            head = f"{what} HTTP/1.1\r\nhost: engine\r\n{ENGINE_TOKEN_HEADER}: {token}\r\n"
+            length = b"" if content is None else b"content-length: %d\r\n" % len(content)
+            connection.send(
+                b"%b%b: %b\r\n%b\r\n" % (head.encode(), GATEWAY_HEADER, self.gateway, length), content or b""
+            )
             status, body = await connection.head(), bytearray()
             while len(body) < most_bytes and (chunk := await connection.read()):
                 body += chunk

@@ -76,14 +76,18 @@ class Watch:
         engine_token: str,
         clock: Callable[[], float],
         on_slow: Callable[[str], None],
+        on_round: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_slow(model)` is called for each client that is cut off because it does not read."""
+        """`on_slow(model)` is called for each client that is cut off because it does not read; `on_round` after every
+        round of probes.
+        """
         self._pool = pool
         self._health = health
         self._faults = faults
         self._token = engine_token
         self._clock = clock
         self._on_slow = on_slow
+        self._on_round = on_round
         self._attempts: set[Attempt] = set()
         # Replicas whose last probe failed, and since when all of them did.
         self._dark_s: dict[Endpoint, float] = {}
@@ -105,6 +109,7 @@ class Watch:
             next_s = self._clock() + self._faults.probe_interval_s
             self.look()
             await self._probe_all()
+            self._on_round()
             await asyncio.sleep(max(0.0, next_s - self._clock()))
 
     def look(self) -> None:

@@ -18,7 +18,10 @@ from serving.errors import ClusterError
 
 KEY_VARIABLE: Final = "GALERNE_ADMIN_KEY"
 TIMEOUT_S: Final = 10.0
-COLUMNS: Final = ("cost_s", "cached_tokens", "waiting_tokens", "in_flight", "in_flight_tokens", "recent_surplus_tokens")
+COLUMNS: Final = (
+    *("cost_s", "cached_tokens", "waiting_tokens", "in_flight", "in_flight_tokens", "recent_surplus_tokens"),
+    *("others_in_flight", "others_waiting_tokens", "engine_running", "engine_waiting", "engine_kv_use"),
+)
 _MOST_ERROR_BYTES: Final = 65536
 
 
@@ -53,13 +56,17 @@ def explain(
     table = Table("replica", *(column.replace("_", " ") for column in COLUMNS))
     for row in found["candidates"]:
         mark = "* " if chosen is not None and row["replica"] == chosen["replica"] else "  "
-        table.add_row(mark + row["replica"], *(f"{row[column]:,}" for column in COLUMNS))
+        table.add_row(mark + row["replica"], *(_cell(row.get(column)) for column in COLUMNS))
     console.print(table)
     console.print(
         f"{len(found['candidates'])} of {found['replicas']} replicas looked at, as gateway process {found['gateway']} "
-        "knows them; each gateway has an index and counts of its own",
+        "knows them; others: other gateways' requests, part of in flight and waiting tokens",
         soft_wrap=True,
     )
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:,}"
 
 
 def _asked(url: str, key: str, question: dict[str, Any]) -> dict[str, Any]:

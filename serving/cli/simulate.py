@@ -156,6 +156,14 @@ def routing(
         float | None, typer.Option(min=1.0, help="models[].routing.reuse_weight; without: its default.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the policies' draws.")] = 0,
+    gateways: Annotated[int, typer.Option(min=1, max=64, help="Gateways, each with a router of its own.")] = 1,
+    feedback: Annotated[bool, typer.Option(help="Gateways learn at replicas of one another's requests.")] = True,
+    exchange_interval_s: Annotated[
+        float, typer.Option(min=0.01, help="How often they do, beside answers' heads.")
+    ] = 0.25,
+    spread_arrivals: Annotated[
+        bool, typer.Option(help="Recorded times are rounded: spread requests of one time evenly until the next.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Compare routing policies on a trace: tokens found in caches, balance, time to first token. Simulated."""
@@ -170,6 +178,10 @@ def routing(
         rate_scale=rate_scale,
         reuse_weight=reuse_weight,
         seed=seed,
+        gateways=gateways,
+        feedback=feedback,
+        exchange_interval_s=exchange_interval_s,
+        spread=spread_arrivals,
     )
     comparison = command.run(asked)
     if as_json:

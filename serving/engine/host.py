@@ -59,7 +59,7 @@ async def _serve(spec: HostSpec, reply_fd: int) -> int:
     engine = VllmEngine(spec)
     try:
         app = await engine.start()
-        server = PrivateServer(app, host=spec.host, token=spec.token)
+        server = PrivateServer(app, host=spec.host, token=spec.token, load=engine.load.now)
         engine.attach(server.server)
         await server.start()
         gc.enable()

@@ -22,6 +22,7 @@ from serving.engine import on_cpu, presets, vllm_work
 from serving.engine.host_spec import HostSpec
 from serving.engine.private_server import App
 from serving.engine.sources.adapters import rank
+from serving.engine.vllm_load import VllmLoad
 from serving.engine.worker_times import EXTENSION, METHOD
 from serving.errors import EngineError
 
@@ -38,6 +39,7 @@ class VllmEngine:
         self._gpu = spec.gpu
         self._placement = spec.placement
         self._traces_url = spec.otlp_traces_url
+        self.load = VllmLoad()
         self._client: Any = None
         self._app: Any = None
 
@@ -66,6 +68,7 @@ class VllmEngine:
                 usage_context=UsageContext.OPENAI_API_SERVER,
                 enable_log_requests=False,
                 disable_log_stats=False,
+                stat_loggers=[self.load.logger],
             )
             vllm_work.watch(self._client.output_processor)
             await self._client.reset_mm_cache()

@@ -5,8 +5,8 @@ The prompt is read when the first choice needs it, and once: a model with one re
 
 from __future__ import annotations
 
+from serving.routing.choice import Wanted
 from serving.routing.fingerprint import fingerprint, of_length, prompt_bytes
-from serving.routing.router import Wanted
 
 
 class Asked:
@@ -34,11 +34,11 @@ class Asked:
         self._session = None if session is None else "\0".join((*owner, session.decode("latin-1")))
         self._wanted: Wanted | None = None
 
-    def wanted(self, *, reads_prompts: bool) -> Wanted:
-        """For the router; `reads_prompts`: its policy compares them."""
+    def wanted(self, *, reads_prompts: bool, key: bytes) -> Wanted:
+        """For the router; `reads_prompts`: its policy compares them; `key`: of their hashes."""
         if self._wanted is None:
             if reads_prompts and self._generates:
-                prefix = fingerprint(prompt_bytes(self._body), *self._owner)
+                prefix = fingerprint(prompt_bytes(self._body), *self._owner, key=key)
             else:
                 prefix = of_length(self._prompt_bytes)
             self._wanted = Wanted(prefix, self._session, self._adapter)

@@ -8,14 +8,16 @@ Blocks are coarser than an engine's (16 tokens), and grow: what routing must kno
 holds, to some percent. With `BLOCKS_MOST` of them at most a prompt of any length costs a bounded time; what stands
 beyond the last is counted and not compared. A token is taken for four bytes; a token id is four bytes here too.
 
-Hashes are Python's own, keyed at random for each process: nobody outside can make two prompts collide, and they mean
-nothing in another process. A collision would cost a cache miss, nothing else.
+Hashes are BLAKE2b's under a key that a cluster's gateways share: they mean the same in each of them, and nobody outside
+can make two prompts collide. A collision would cost a cache miss, nothing else.
 """
 
 from __future__ import annotations
 
+import hmac
 from array import array
 from collections.abc import Iterable, Iterator
+from hashlib import blake2b, sha256
 from itertools import accumulate
 from typing import Any, Final
 
@@ -33,19 +35,33 @@ ENDS: Final = tuple(end // BYTES_PER_TOKEN for end in _ENDS)
 # No UTF-8 holds these: text cannot forge where a message ends.
 _MESSAGE, _CONTENT, _PART = b"\xff", b"\xfe", b"\xfd"
 _MOST_ID: Final = 2**32 - 1
+HASH_BYTES: Final = 8
+# The engine token guards engines too; what it is used for here is told apart by this.
+_PURPOSE: Final = b"galerne prefixes:"
 
 
-def fingerprint(prompt: bytes, *owner: str) -> Prefix:
+def secret(engine_token: str) -> bytes:
+    """The key of hashes; the same in every gateway of a cluster."""
+    return hmac.new(engine_token.encode(), _PURPOSE, sha256).digest()
+
+
+def fingerprint(prompt: bytes, *owner: str, key: bytes) -> Prefix:
     """The prefix of a prompt's bytes; `owner` (tenant, model) keeps equal prompts of different caches apart."""
-    chain, start, hashes = hash(owner), 0, []
+    chain, start, hashes = blake2b(_owned(owner), digest_size=HASH_BYTES, key=key), 0, []
     size = len(prompt)
     for end in _ENDS:
         if end > size:
             break
-        chain = hash((chain, prompt[start:end]))
-        hashes.append(chain)
+        chain.update(prompt[start:end])
+        hashes.append(int.from_bytes(chain.digest(), "little"))
         start = end
     return Prefix(tuple(hashes), ENDS, max(1, size // BYTES_PER_TOKEN))
+
+
+def _owned(owner: tuple[str, ...]) -> bytes:
+    """No two owners, and no owner with a prompt's beginning, give the same."""
+    names = [name.encode("utf-8", "surrogatepass") for name in owner]
+    return b"".join(b"%d:%b" % (len(name), name) for name in names) + b"."
 
 
 def of_length(prompt_bytes: int) -> Prefix:

@@ -33,7 +33,7 @@ CHUNK_TOKENS: Final = 2048
 
 
 class Candidate(NamedTuple):
-    """What a gateway knows of one replica, for one request."""
+    """What a gateway knows of one replica, for one request; loads are all gateways'."""
 
     # Uncached prompt tokens of its requests that have no first byte yet.
     waiting_tokens: float

@@ -4,13 +4,14 @@ The cluster layer pushes endpoint lists as replicas come and go; a request holds
 until it ends. A replica that has left keeps counting its leases until they end, so nothing leaks and
 nothing goes below zero when it returns.
 
-Which replica gets a request is its model's `Router`'s to say. Of several gateways each has routers of its own and sees
-its own requests alone: loads are then samples of the truth (each gateway gets a random share of all requests), and a
-prefix that another gateway has put on a replica is learned at its first use here, for the price of one prefill.
+Which replica gets a request is its model's `Router`'s to say. Of several gateways each has routers of its own, and
+learns at replicas' ports how many requests others have there (serving.engine.load) and which prompts they have sent
+(serving.engine.placements).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
@@ -18,9 +19,14 @@ from types import TracebackType
 from typing import Self
 
 from serving.config import FakeEngineConfig, ModelConfig, RoutingConfig
+from serving.engine.load import Said
 from serving.routing.asked import Asked
+from serving.routing.choice import NOTHING, Choice, Wanted
+from serving.routing.fingerprint import ENDS
 from serving.routing.policies import CHUNK_TOKENS, Speeds
-from serving.routing.router import DEFAULT_KV_TOKENS, NOTHING, Choice, Router, Seat, Turn, Wanted
+from serving.routing.prefix_index import Prefix
+from serving.routing.router import DEFAULT_KV_TOKENS, Router, Turn
+from serving.routing.seat import Seat
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,12 @@ class Lease:
         """Why it is this replica."""
         return self._turn.choice
 
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Of the prompt, and of those what its replica is not taken to hold."""
+        prefix = self._turn.prefix
+        return (0 if prefix is None else prefix.tokens), self._turn.uncached_tokens
+
     def answered(self) -> None:
         """The answer's first byte is here, so the prompt has been computed."""
         self._turn.answered()
@@ -74,26 +86,79 @@ class ReplicaSet:
         *,
         clock: Callable[[], float] = lambda: 0.0,
         on_choice: Callable[[str, Choice, Wanted], None] = lambda *_: None,
+        key: bytes = b"",
     ) -> None:
-        """`on_choice(model, choice, wanted)` is told of every lease. A model given by its id alone has the defaults."""
+        """`on_choice(model, choice, wanted)` is told of every lease. A model given by its id alone has the defaults.
+
+        `key` is that of prompts' hashes: gateways that tell one another of prompts have the same.
+        """
         self._models = {m if isinstance(m, str) else m.id: _Model(m, clock, rng) for m in models}
         self._on_choice = on_choice
+        self._key = key
+        self._at: dict[Endpoint, tuple[Router, Seat]] = {}
         self.known = False  # whether the cluster has reported at all
 
     def update(self, model: str, endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
         """Take the cluster's current list for a model; returns the endpoints that left."""
         self.known = True
-        return self._models[model].update({endpoint.replica_id: endpoint for endpoint in endpoints})
+        its = self._models[model]
+        gone = its.update({endpoint.replica_id: endpoint for endpoint in endpoints})
+        for endpoint in gone:
+            self._at.pop(endpoint, None)
+        self._at |= {endpoint: (its.router, its.seats[name]) for name, endpoint in its.endpoints.items()}
+        return gone
+
+    def hear(self, endpoint: Endpoint, said: Said) -> None:
+        """What a replica's port says of its load, with any answer's head; of one that has left it is not heard."""
+        found = self._at.get(endpoint)
+        if found is not None:
+            router, seat = found
+            router.hear(seat, said)
+
+    def forget_said(self, older_than_s: float) -> None:
+        """What replicas said longer ago counts for nothing."""
+        for its in self._models.values():
+            its.router.forget_said(older_than_s)
 
     def lease(self, model: str, exclude: frozenset[str] = frozenset(), asked: Asked | None = None) -> Lease | None:
         """A lease on the chosen replica, none of `exclude`; None where no replica is left."""
         its = self._models[model]
-        wanted = NOTHING if asked is None else asked.wanted(reads_prompts=its.reads_prompts)
+        wanted = NOTHING if asked is None else self.wanted(model, asked)
         choice = its.router.choose(wanted, exclude)
         if choice is None:
             return None
         self._on_choice(model, choice, wanted)
         return Lease(its.endpoints[choice.seat.name], its.router.begin(choice, wanted))
+
+    def wanted(self, model: str, asked: Asked) -> Wanted:
+        """A request to this model as its router takes it."""
+        return asked.wanted(reads_prompts=self._models[model].reads_prompts, key=self._key)
+
+    def share(self, several: bool) -> None:
+        """Whether there are other gateways, who are to hear what is placed where."""
+        for its in self._models.values():
+            its.router.shares = several
+            if not several:
+                for seat in its.router.seats:
+                    seat.placed.clear()
+
+    def shared(self) -> list[Endpoint]:
+        """Replicas that other gateways choose among too; none where there are no others, or nothing to choose."""
+        models = (its for its in self._models.values() if its.router.shares and len(its.endpoints) > 1)
+        return [endpoint for its in models for endpoint in its.endpoints.values()]
+
+    def placed(self, endpoint: Endpoint) -> deque[tuple[int, ...]]:
+        """Prompts placed there that others have not been told of; who tells them takes them out."""
+        found = self._at.get(endpoint)
+        return deque() if found is None else found[1].placed
+
+    def learn(self, endpoint: Endpoint, chains: Iterable[tuple[int, ...]]) -> None:
+        """Other gateways have sent these prompts there."""
+        found = self._at.get(endpoint)
+        if found is not None:
+            router, seat = found
+            for chain in chains:
+                router.learn(seat, Prefix(chain[: len(ENDS)], ENDS, 0))
 
     def ready(self, model: str) -> int:
         """Replicas of the model that take requests."""

@@ -4,23 +4,26 @@ The gateway and the simulator run this same code; nothing here knows of sockets.
 whatever the number of replicas: beyond `ALL_LOOKED_AT` of them it looks at those that hold most of the prompt and at
 some at random, as power of two choices does.
 
+Loads are everybody's: this gateway's own requests, exactly, and those of others as each replica's port said last.
+
 Promises: every `Turn` that begins ends, and takes back exactly what it added; a replica that has left is not chosen.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from random import Random
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, NamedTuple
 
 from serving.config import RoutingConfig
+from serving.engine.load import Said
+from serving.routing.choice import NOTHING, Choice, Reason, Wanted
 from serving.routing.policies import Candidate, Demand, Speeds, bounded_walk, cost_s, least_cost, less_loaded_of_two
 from serving.routing.prefix_index import Held, Prefix, PrefixIndex
 from serving.routing.ring import Ring
+from serving.routing.seat import Seat
 
 ALL_LOOKED_AT: Final = 16
 HOLDERS_LOOKED_AT: Final = 4
@@ -32,63 +35,6 @@ ADAPTER_LOAD_S: Final = 0.2
 RECENT_S: Final = 600.0
 _RESCALE_AT: Final = 1e12
 DEFAULT_KV_TOKENS: Final = 262_144
-
-# Why a replica was chosen. prefix: the prompt's beginning is there; adapter: the request's adapter is; load: it had the
-# least to do; tie: nothing told it from others; session: of its x-session-id; turn: it was its turn; only: there was
-# no other.
-Reason = Literal["prefix", "adapter", "load", "tie", "session", "turn", "only"]
-REASONS: Final[tuple[Reason, ...]] = get_args(Reason)
-
-
-class Seat:
-    """One replica as the router sees it."""
-
-    __slots__ = ("adapters", "in_flight", "in_flight_tokens", "name", "place", "recent", "slot", "waiting_tokens")
-
-    def __init__(self, name: str, slot: int) -> None:
-        self.name = name
-        self.slot = slot
-        self.place = -1
-        self.in_flight = 0
-        self.in_flight_tokens = 0
-        self.waiting_tokens = 0
-        self.recent = 0.0
-        # Those it is taken to hold, the one used longest ago first.
-        self.adapters: OrderedDict[str, None] = OrderedDict()
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What the router is told of a request; all of it may be unknown."""
-
-    prefix: Prefix | None = None
-    session: str | None = None
-    # Its LoRA adapter's name.
-    adapter: str | None = None
-
-    @property
-    def prompt_tokens(self) -> int:
-        """The prompt's length; 0 where it is unknown."""
-        return 0 if self.prefix is None else self.prefix.tokens
-
-
-NOTHING: Final = Wanted()
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A replica, why, and how many tokens of the prompt it is taken to hold."""
-
-    seat: Seat
-    reason: Reason
-    cached_tokens: int = 0
-    # The most that any replica holds.
-    most_cached_tokens: int = 0
-
-    def described(self) -> bytes:
-        """As a header's value, for administrators."""
-        held = f"cached_tokens={self.cached_tokens}, most_cached_tokens={self.most_cached_tokens}"
-        return f"replica={self.seat.name}, reason={self.reason}, {held}".encode("latin-1", "replace")
 
 
 class _Seen(NamedTuple):
@@ -103,15 +49,15 @@ class _Seen(NamedTuple):
 class Turn:
     """One request on its replica, from the choice to its end."""
 
-    __slots__ = ("_answered", "_ended", "_router", "_uncached", "choice", "prefix")
+    __slots__ = ("_answered", "_ended", "_router", "choice", "prefix", "uncached_tokens")
 
     def __init__(self, router: Router, choice: Choice, wanted: Wanted) -> None:
         self._router = router
         self.choice = choice
         prefix = self.prefix = wanted.prefix
-        self._uncached = 0 if prefix is None else prefix.tokens - choice.cached_tokens
+        self.uncached_tokens = 0 if prefix is None else prefix.tokens - choice.cached_tokens
         self._answered = self._ended = False
-        router._begin(choice.seat, prefix, self._uncached)
+        router._begin(choice.seat, prefix, self.uncached_tokens)
         if wanted.adapter is not None:
             router._hold(choice.seat, wanted.adapter)
 
@@ -119,7 +65,7 @@ class Turn:
         """The first byte is here: the prompt is computed."""
         if not self._answered:
             self._answered = True
-            self.choice.seat.waiting_tokens -= self._uncached
+            self.choice.seat.waiting_tokens -= self.uncached_tokens
 
     def end(self) -> None:
         """The request has left its replica; without `answered`, its prompt was not computed."""
@@ -149,11 +95,14 @@ class Router:
         self._clock = clock
         self._rng = rng
         self.index = PrefixIndex(config.index_blocks)
+        # Whether other gateways are to hear what is placed where.
+        self.shares = False
         self.seats: list[Seat] = []
         self._by_slot: dict[int, Seat] = {}
         self._ring = Ring(())
         self._turns = 0
         self._in_flight = 0
+        self._others_in_flight = 0
         self._recent = 0.0
         self._since_s = clock()
         # Requests under way by the blocks of their prompts.
@@ -161,7 +110,7 @@ class Router:
 
     @property
     def in_flight(self) -> int:
-        """Requests on all replicas."""
+        """This gateway's requests on all replicas."""
         return self._in_flight
 
     @property
@@ -190,6 +139,7 @@ class Router:
         seat.adapters.clear()
         self._recent -= seat.recent
         self._in_flight -= seat.in_flight
+        self._others_in_flight += seat.hear(None, self._clock())
         self._seated([other for other in self.seats if other is not seat])
         seat.place = -1
 
@@ -199,6 +149,23 @@ class Router:
             seat.place = place
         if self._config.policy == "session":
             self._ring = Ring(seat.name for seat in seats)
+
+    def hear(self, seat: Seat, said: Said) -> None:
+        """What a replica's port says now of its load and of other gateways' requests."""
+        if seat.place >= 0:
+            self._others_in_flight += seat.hear(said, self._clock())
+
+    def learn(self, seat: Seat, prefix: Prefix) -> None:
+        """Another gateway has sent this prompt there."""
+        if seat.place >= 0 and self._config.policy == "cost":
+            self.index.touch(seat.slot, prefix)
+
+    def forget_said(self, older_than_s: float) -> None:
+        """What was said longer ago than so many seconds counts for nothing."""
+        now_s = self._clock()
+        for seat in self.seats:
+            if seat.said is not None and now_s - seat.said_s > older_than_s:
+                self._others_in_flight += seat.hear(None, now_s)
 
     # -- the choice
 
@@ -218,7 +185,7 @@ class Router:
         if policy == "session" and wanted.session is not None:
             return self._of_session(wanted.session, exclude)
         two = self._rng.sample(seats, 2)
-        return Choice(two[less_loaded_of_two([seat.in_flight for seat in two], self._rng)], "load")
+        return Choice(two[less_loaded_of_two([seat.requests for seat in two], self._rng)], "load")
 
     def _cheapest(self, seats: list[Seat], wanted: Wanted, exclude: Collection[str]) -> Choice:
         seen = self._seen(seats, wanted, exclude, self._rng)
@@ -243,9 +210,9 @@ class Router:
         load = 0.0 if adapter is None else ADAPTER_LOAD_S * self.speeds.prefill_tokens_per_s
         candidates = [
             Candidate(
-                seat.waiting_tokens,
-                seat.in_flight,
-                seat.in_flight_tokens,
+                seat.waiting_tokens + (others := seat.others).waiting_tokens,
+                seat.in_flight + others.in_flight,
+                seat.in_flight_tokens + others.tokens,
                 _held_by(held, seat) if held else 0,
                 (seat.recent - mean) / scale,
                 load if load and adapter not in seat.adapters else 0.0,
@@ -273,6 +240,7 @@ class Router:
                 "in_flight_tokens": candidate.in_flight_tokens,
                 "recent_surplus_tokens": round(candidate.surplus_tokens),
             }
+            | _said(seat)
             | ({} if wanted.adapter is None else {"adapter_loaded": not candidate.to_load_tokens})
             for seat, candidate in zip(seen.seats, seen.candidates, strict=True)
         ]
@@ -337,9 +305,8 @@ class Router:
         def places() -> Iterator[int]:
             return (place for place in self._ring.walk(session) if seats[place].name not in exclude)
 
-        place = bounded_walk(
-            places(), lambda i: seats[i].in_flight, self._in_flight, len(seats), self._config.session_load
-        )
+        total = self._in_flight + self._others_in_flight
+        place = bounded_walk(places(), lambda i: seats[i].requests, total, len(seats), self._config.session_load)
         return Choice(seats[place], "session")
 
     def begin(self, choice: Choice, wanted: Wanted = NOTHING) -> Turn:
@@ -362,6 +329,8 @@ class Router:
             return
         # Taken as computed from here on: who asks for the same meanwhile finds it done when its turn comes.
         self.index.touch(seat.slot, prefix)
+        if self.shares and prefix.hashes:
+            seat.placed.append(prefix.hashes)
         sharers = self._sharers
         for name in prefix.hashes:
             sharers[name] = sharers.get(name, 0) + 1
@@ -413,6 +382,18 @@ class Router:
             self._recent = sum(seat.recent for seat in self.seats)
             self._since_s, scale = now_s, 1.0
         return scale
+
+
+def _said(seat: Seat) -> dict[str, Any]:
+    """For whoever asks why: what of the loads is other gateways', and the engine's own word; None where it has none."""
+    engine = None if seat.said is None else seat.said.engine
+    return {
+        "others_in_flight": seat.others.in_flight,
+        "others_waiting_tokens": seat.others.waiting_tokens,
+        "engine_running": None if engine is None else engine.running,
+        "engine_waiting": None if engine is None else engine.waiting,
+        "engine_kv_use": None if engine is None else engine.kv_use,
+    }
 
 
 def _held_by(held: list[Held], seat: Seat) -> int:

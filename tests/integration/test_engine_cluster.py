@@ -17,6 +17,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
+from serving.engine.load import Said, Share, read
 from tests.integration.running import KEY, OTHER_KEY, RunningCluster
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -255,6 +256,34 @@ def test_a_client_that_leaves_frees_the_engine(engine_cluster: RunningCluster) -
         assert time.monotonic() - left_s < 10 * DISCONNECT_BOUND_S
         time.sleep(0.02)
     print(f"\nfreed {1000 * (time.monotonic() - left_s):.0f} ms after the client left")
+
+
+def test_an_engine_says_its_load_in_every_head(engine_cluster: RunningCluster, client: OpenAI) -> None:
+    health = f"{engine_cluster.engine_url(CHAT)}/health"
+
+    def load() -> Said:
+        found = read(httpx.get(health).headers["x-galerne-load"].encode())
+        assert found is not None
+        return found
+
+    idle = load()
+    assert idle.others == Share()
+    stream = client.chat.completions.create(
+        model=CHAT,
+        messages=[{"role": "user", "content": "Write a very long story."}],
+        max_tokens=1000,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    seen = idle
+    for _ in stream:
+        seen = load()
+        if seen.engine.running:
+            break
+    stream.close()
+    assert (seen.engine.running, seen.others.in_flight) == (1, 1)
+    assert 0 < seen.engine.kv_use <= 1
+    assert seen.others.tokens > 0 == seen.others.waiting_tokens
 
 
 def test_the_engine_refuses_what_only_it_can_judge(client: OpenAI) -> None:

@@ -13,6 +13,7 @@ import pytest
 from serving.config import FakeEngineConfig
 from serving.engine.fake.metrics import EngineMetrics
 from serving.engine.fake.scheduler import Scheduler
+from serving.engine.vllm_load import VllmLoad
 from serving.metrics.prometheus import rule_file
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,20 @@ def test_vllm_has_what_we_replace() -> None:
     # A sequence's tokens are counted before its end is told.
     outputs = processor.split("def process_outputs(", 1)[1]
     assert outputs.index("self._update_stats_from_output(") < outputs.index("self._finish_request(")
+    # What serving.engine.vllm_load is called for: an object with these methods, for each core, once a pass.
+    loggers = (worker.parent / "metrics" / "loggers.py").read_text()
+    adapter = loggers.split("class PerEngineStatLoggerAdapter", 1)[1].split("\nclass ", 1)[0]
+    assert "= per_engine_stat_logger_factory(\n                vllm_config, engine_index\n            )" in adapter
+    assert set(re.findall(r"per_engine_stat_loggers?(?:\[engine_idx\])?\.(\w+)\(", adapter)) == {
+        *("record", "log", "log_engine_initialized", "values")
+    }
+    assert all(callable(getattr(VllmLoad().logger(None), name)) for name in ("record", "log", "log_engine_initialized"))
+    assert "if not custom_prometheus_logger:" in loggers, "vLLM's own metrics stay beside it"
+    stats = (worker.parent / "metrics" / "stats.py").read_text().split("class SchedulerStats:", 1)[1]
+    for field in ("num_running_reqs: int", "num_waiting_reqs: int", "num_skipped_waiting_reqs: int", "kv_cache_usage"):
+        assert f"    {field}" in stats.split("\nclass ", 1)[0], field
     client = (worker.parent / "engine" / "async_llm.py").read_text()
+    assert client.count("stat_loggers: list[StatLoggerFactory] | None = None") >= 2
     assert "self.output_processor.add_request(request, prompt, parent_req, index, queue)" in client
     assert "self.output_processor.abort_requests(request_ids, internal)" in client
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.routing.fingerprint import BLOCKS_MOST, ENDS, fingerprint, of_length, prompt_bytes
+from serving.routing.fingerprint import BLOCKS_MOST, ENDS, fingerprint, of_length, prompt_bytes, secret
 
+KEY = secret("engine-token")
 TEXT = "the sea is far and the fog is low, " * 200
 
 
@@ -24,7 +25,7 @@ def chat(*contents: Any, **fields: Any) -> bytes:
 
 
 def hashes(of: bytes, *owner: str) -> tuple[int, ...]:
-    return fingerprint(prompt_bytes(of), *(owner or ("press", "m"))).hashes
+    return fingerprint(prompt_bytes(of), *(owner or ("press", "m")), key=KEY).hashes
 
 
 def test_a_conversation_that_goes_on_keeps_its_blocks() -> None:
@@ -87,28 +88,28 @@ def test_other_bodies(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 
 def test_token_ids_are_compared_as_tokens() -> None:
-    ids = fingerprint(prompt_bytes(body(prompt=list(range(1000)))))
+    ids = fingerprint(prompt_bytes(body(prompt=list(range(1000)))), key=KEY)
     assert ids.tokens == 1000
-    more = fingerprint(prompt_bytes(body(prompt=list(range(2000)))))
+    more = fingerprint(prompt_bytes(body(prompt=list(range(2000)))), key=KEY)
     assert more.hashes[: len(ids.hashes)] == ids.hashes
 
 
 @pytest.mark.parametrize("broken", [b"", b"{", b"[]", b"\xff", b'{"messages": 5}', b'{"documents": []}'])
 def test_anything_else_has_no_prompt(broken: bytes) -> None:
     assert prompt_bytes(broken) == b""
-    assert fingerprint(b"").hashes == ()
+    assert fingerprint(b"", key=KEY).hashes == ()
     assert of_length(0).tokens == 1
 
 
 def test_a_prompt_of_any_length_has_so_many_blocks_at_most() -> None:
-    found = fingerprint(b"x" * 3_000_000)
+    found = fingerprint(b"x" * 3_000_000, key=KEY)
     assert len(found.hashes) == BLOCKS_MOST == len(ENDS)
     assert found.tokens == 750_000
 
 
 @given(st.binary(max_size=8000), st.binary(max_size=8000), st.binary(max_size=3000))
 def test_hashes_agree_exactly_as_far_as_whole_blocks_do(head: bytes, one: bytes, two: bytes) -> None:
-    first, second = fingerprint(head + one), fingerprint(head + two)
+    first, second = fingerprint(head + one, key=KEY), fingerprint(head + two, key=KEY)
     agreed = next(
         (i for i, (a, b) in enumerate(zip(head + one, head + two, strict=False)) if a != b),
         min(len(head + one), len(head + two)),

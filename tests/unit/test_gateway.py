@@ -119,7 +119,7 @@ async def rig(
     for config in engines:
         fake = build_app(config, "chat")
         await fake.start()
-        server = PrivateServer(wrap(fake), host="127.0.0.1", token=TOKEN)
+        server = PrivateServer(wrap(fake), host="127.0.0.1", token=TOKEN, load=fake.load)
         await server.start()
         servers.append(server)
     endpoints = [Endpoint(f"r{i}", s.host, s.port) for i, s in enumerate(servers)]

@@ -17,7 +17,7 @@ from serving.metrics import table
 from serving.metrics.gateway import GatewayMetrics
 from serving.metrics.recorded import Metrics
 from serving.metrics.table import TABLE
-from serving.routing import ejection, router
+from serving.routing import choice, ejection
 
 CONFIG = GalerneConfig.model_validate(
     {
@@ -187,7 +187,7 @@ def test_the_table_is_one_and_each_row_has_one_exporter() -> None:
 
 
 def test_label_values_are_those_of_what_decides() -> None:
-    assert table.ROUTE_REASONS == router.REASONS
+    assert table.ROUTE_REASONS == choice.REASONS
     assert get_args(ejection.Reason) == table.EJECTION_REASONS
     assert {*table.SHED_REASONS} == {"requests", *get_args(shedding.Reason)}
     assert get_args(upstream.FailureKind) == table.UPSTREAM_KINDS

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from serving.config import RoutingConfig, RoutingPolicy
+from serving.engine.load import EngineLoad, Said, Share
+from serving.routing.choice import Wanted
 from serving.routing.policies import Candidate, Demand, Speeds, bounded_walk, cost_s, least_cost
 from serving.routing.prefix_index import Prefix
-from serving.routing.router import ALL_LOOKED_AT, Router, Wanted
+from serving.routing.router import ALL_LOOKED_AT, Router
 
 ENDS = range(100, 100_000, 100)
 
@@ -229,6 +231,87 @@ def test_a_walk_ends_with_the_first_where_nobody_has_room() -> None:
     assert bounded_walk([2, 0, 1], lambda i: 99, 3, 3, 1.25) == 2
     with pytest.raises(ValueError, match="without replicas"):
         bounded_walk([], lambda i: 0, 0, 1, 1.25)
+
+
+# -- other gateways' requests
+
+
+def said(in_flight: int = 0, tokens: int = 0, waiting: int = 0) -> Said:
+    return Said(EngineLoad(running=in_flight, kv_use=0.25), Share(in_flight, tokens, waiting))
+
+
+@pytest.mark.parametrize("policy", ["cost", "power-of-two", "session"])
+def test_what_others_have_on_a_replica_counts_as_load(policy: RoutingPolicy) -> None:
+    made = router(policy, replicas=2)
+    made.hear(made.seats[0], said(40, 40_000, 40_000))
+    assert {send(made, 1000 + i, session=f"s{i}", end=False) for i in range(10)} == {"r1"}
+    made.hear(made.seats[0], said())
+    made.hear(made.seats[1], said(40, 40_000, 40_000))
+    assert {send(made, 2000 + i, session=f"t{i}", end=False) for i in range(10)} == {"r0"}
+
+
+def test_others_running_answers_count_in_step_time() -> None:
+    made = Router(RoutingConfig(), speeds=Speeds(decode_s_per_context_token=1e-6), clock=lambda: 0.0, rng=Random(1))
+    for i in range(2):
+        made.join(f"r{i}")
+    made.hear(made.seats[0], said(0, 50_000, 0))
+    assert {send(made, 1000 + i) for i in range(5)} == {"r1"}
+
+
+@pytest.mark.parametrize("policy", ["cost", "power-of-two", "session", "round-robin"])
+def test_alone_it_chooses_as_if_nothing_were_said(policy: RoutingPolicy) -> None:
+    told, untold = router(policy), router(policy)
+    for i in range(200):
+        for seat in told.seats:
+            told.hear(seat, said())
+        hashes = (i % 7, 100 + i % 13, 1000 + i)
+        assert send(told, *hashes, session=f"s{i % 9}", end=i % 3 > 0) == send(
+            untold, *hashes, session=f"s{i % 9}", end=i % 3 > 0
+        )
+
+
+def test_what_was_said_ages_and_goes_with_its_replica() -> None:
+    now_s = 0.0
+    made = Router(RoutingConfig(policy="session"), speeds=Speeds(), clock=lambda: now_s, rng=Random(1))
+    for i in range(3):
+        made.join(f"r{i}")
+    first, second, third = made.seats
+    made.hear(first, said(5))
+    now_s = 4.0
+    made.hear(second, said(7))
+    now_s = 6.0
+    made.forget_said(5.0)
+    assert (first.requests, second.requests) == (0, 7)
+    made.leave(second)
+    made.hear(second, said(9))
+    made.hear(third, said(2))
+    made.leave(third)
+    assert made._others_in_flight == 0
+
+
+def test_what_others_have_is_explained() -> None:
+    made = router(replicas=2)
+    made.hear(made.seats[0], said(3, 900, 300))
+    choice = made.choose(Wanted(prefix(1, 2)))
+    assert choice is not None
+    assert b"others_in_flight=0" in choice.described()
+    first, second = made.explain(Wanted(prefix(1, 2)))["candidates"]
+    assert (first["in_flight"], first["others_in_flight"], first["others_waiting_tokens"]) == (3, 3, 300)
+    assert (first["engine_running"], first["engine_waiting"], first["engine_kv_use"]) == (3, 0, 0.25)
+    assert (second["others_in_flight"], second["engine_running"]) == (0, None)
+
+
+def test_what_another_gateway_has_placed_is_held_there() -> None:
+    made = router(replicas=2)
+    made.learn(made.seats[1], Prefix((1, 2, 3), ENDS, 0))
+    choice = made.choose(Wanted(prefix(1, 2, 3, 4)))
+    assert choice is not None
+    assert (choice.seat.name, choice.reason, choice.cached_tokens) == ("r1", "prefix", 300)
+    assert not made.seats[1].placed
+    left = made.seats[1]
+    made.leave(left)
+    made.learn(left, Prefix((7,), ENDS, 0))
+    assert made.index.blocks == 0
 
 
 class Books(RuleBasedStateMachine):

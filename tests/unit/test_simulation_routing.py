@@ -63,6 +63,21 @@ def test_where_nothing_is_shared_it_waits_no_longer_than_power_of_two() -> None:
         assert found["cost"].ttft_quantiles_s[-1] <= found["power-of-two"].ttft_quantiles_s[-1]
 
 
+def test_several_gateways_do_nearly_as_well_as_one_where_they_learn_of_one_another() -> None:
+    trace = find("conversations")
+
+    def played(gateways: int, *, feedback: bool) -> Outcome:
+        return play(trace, Cluster(ENGINE, 8, 2500, gateways=gateways, feedback=feedback), "cost")
+
+    alone = played(1, feedback=True)
+    assert played(1, feedback=False) == alone
+    told, untold = played(4, feedback=True), played(4, feedback=False)
+    assert told.token_hit > 0.97 * alone.token_hit
+    assert untold.token_hit < 0.8 * alone.token_hit
+    assert told.ttft_mean_s < 0.5 * untold.ttft_mean_s
+    assert played(4, feedback=True) == told
+
+
 def test_the_same_seed_gives_the_same_figures() -> None:
     trace, cluster = find("conversations"), Cluster(ENGINE, 4, 500, seed=3)
     assert play(trace, cluster, "cost") == play(trace, cluster, "cost")
@@ -88,6 +103,14 @@ def _asked(trace: str, *policies: str, blocks: int = 2500) -> Asked:
     return Asked(trace, policies, 2, blocks, "a100-llama-3.1-8b-published", 1.0, None, 0)
 
 
+def test_arrivals_of_one_recorded_time_can_be_spread(tmp_path: Path) -> None:
+    rows = [{"timestamp": at, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]} for at in (0, 0, 0, 3000)]
+    file = tmp_path / "rounded.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    assert [p.at_s for p in find(str(file)).prompts] == [0, 0, 0, 3]
+    assert [p.at_s for p in find(str(file), spread=True).prompts] == [0, 1, 2, 3]
+
+
 def test_what_cannot_be_simulated_is_said() -> None:
     with pytest.raises(SimulationError, match="allowed: cost"):
         run(_asked("conversations", "best"))
@@ -107,6 +130,16 @@ def test_the_command_prints_one_object() -> None:
     assert document["rows"][0]["token_hit"] == document["token_hit"] > 0.5
     assert set(document["ttft_s"]) == {"mean", "p50", "p90", "p95", "p99"}
     assert document["imbalance"] >= 1
+    assert (document["gateways"], document["feedback"]) == (1, True)
+
+
+def test_the_command_takes_several_gateways() -> None:
+    told = ["simulate", "routing", "--trace", "conversations", "--policy", "cost", "--replicas", "3", "--gateways", "2"]
+    answer = CliRunner().invoke(app, told)
+    assert answer.exit_code == 0, answer.output
+    assert "2 gateways with feedback before 3 replicas" in answer.stdout
+    without = CliRunner().invoke(app, [*told, "--no-feedback", "--json"])
+    assert json.loads(without.stdout)["feedback"] is False
 
 
 def test_one_prompt_takes_what_the_profile_says() -> None:

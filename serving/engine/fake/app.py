@@ -16,6 +16,7 @@ from serving.engine.fake.faults import BrokenOffError, Fault, Faults
 from serving.engine.fake.metrics import EngineMetrics
 from serving.engine.fake.protocol import RefusalError
 from serving.engine.fake.scheduler import Scheduler
+from serving.engine.load import EngineLoad
 
 VERSION = "0.29.0+galerne-fake"
 METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -52,7 +53,7 @@ class FakeApp:
         exit_process: Callable[[int], object],
         adapters: frozenset[str] = frozenset(),
     ) -> None:
-        scheduler = Scheduler(config)
+        scheduler = self._scheduler = Scheduler(config)
         max_model_len = min(config.max_model_len, config.kv_blocks * config.block_tokens)
         metrics = EngineMetrics(scheduler, model_id, max_model_len)
         self._engine = Engine(config, model_id, max_model_len, Driver(scheduler, metrics, clock), metrics, adapters)
@@ -69,6 +70,11 @@ class FakeApp:
         if self._started_at is None:
             return False
         return self._clock() - self._started_at >= self._engine.config.faults.slow_start_s
+
+    def load(self) -> EngineLoad:
+        """As vLLM's scheduler counts it."""
+        scheduler = self._scheduler
+        return EngineLoad(len(scheduler.running), len(scheduler.waiting), scheduler.pool.usage)
 
     async def start(self) -> None:
         """Begins the start-up time. A second call changes nothing."""

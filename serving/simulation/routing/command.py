@@ -11,6 +11,7 @@ from loadtest.profiles.model import load_profile
 from serving.config import RoutingConfig
 from serving.errors import SimulationError
 from serving.simulation.engine import Engine
+from serving.simulation.routing.gateways import EXCHANGE_INTERVAL_S
 from serving.simulation.routing.replay import ALL, QUANTILES, WORK, Cluster, Outcome, play
 from serving.simulation.routing.trace import PromptTrace, find
 
@@ -37,6 +38,10 @@ class Asked:
     rate_scale: float
     reuse_weight: float | None
     seed: int
+    gateways: int = 1
+    feedback: bool = True
+    exchange_interval_s: float = EXCHANGE_INTERVAL_S
+    spread: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +67,25 @@ class Comparison:
             "blocks": self.asked.blocks,
             "rate_scale": self.asked.rate_scale,
             "seed": self.asked.seed,
+            "gateways": self.asked.gateways,
+            "feedback": self.asked.feedback,
+            "exchange_interval_s": self.asked.exchange_interval_s,
+            "spread_arrivals": self.asked.spread,
             "imbalance_of": WORK,
             "rows": rows,
         }
+
+    def _gateways(self) -> str:
+        if self.asked.gateways == 1:
+            return ""
+        return f"{self.asked.gateways} gateways {'with' if self.asked.feedback else 'without'} feedback before "
 
     def preface(self) -> str:
         """One line over the table."""
         return (
             f"simulated: {self.trace.name}, {len(self.trace.prompts):,} requests in {self.trace.duration_s:,.0f} s on "
-            f"{self.asked.replicas} replicas of {self.asked.profile}, {self.asked.blocks:,} blocks of "
-            f"{self.trace.block_tokens} tokens each; imbalance: most over mean of a replica's {WORK}"
+            f"{self._gateways()}{self.asked.replicas} replicas of {self.asked.profile}, {self.asked.blocks:,} blocks "
+            f"of {self.trace.block_tokens} tokens each; imbalance: most over mean of a replica's {WORK}"
         )
 
 
@@ -82,14 +96,16 @@ def run(asked: Asked) -> Comparison:
         raise SimulationError(f"no policy {', '.join(unknown)}; allowed: {', '.join(ALL)}")
     try:
         engine = Engine.of(load_profile(asked.profile))
-        trace = find(asked.trace, asked.rate_scale)
+        trace = find(asked.trace, asked.rate_scale, spread=asked.spread)
     except LoadtestError as error:
         raise SimulationError(str(error)) from error
     longest = max(-(-(p.tokens + p.output_tokens) // trace.block_tokens) for p in trace.prompts)
     if longest > asked.blocks:
         raise SimulationError(f"--blocks {asked.blocks}: the longest request takes {longest} blocks on one replica")
     config = RoutingConfig() if asked.reuse_weight is None else RoutingConfig(reuse_weight=asked.reuse_weight)
-    cluster = Cluster(engine, asked.replicas, asked.blocks, asked.seed)
+    cluster = Cluster(
+        engine, asked.replicas, asked.blocks, asked.seed, asked.gateways, asked.feedback, asked.exchange_interval_s
+    )
     return Comparison(asked, trace, tuple(play(trace, cluster, policy, config) for policy in policies))
 
 

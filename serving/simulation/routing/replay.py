@@ -1,30 +1,30 @@
 """Plays a trace against simulated replicas, each request sent where the live router sends it; virtual time, one seed.
 
-The router is told what a gateway would learn: a request's beginning, its first byte, its end. What it believes of the
-caches is its own mirror; what counts here is what the simulated engines found.
+A router is told what its gateway would learn: a request's beginning, its first byte, its end. What it believes of the
+caches is its own mirror; what counts here is what the simulated engines found. Several gateways get requests at random,
+each with a router of its own, and learn of others' at the replicas (serving.simulation.routing.gateways).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import Any, Final, get_args
 
 import numpy as np
 
 from serving.config import RoutingConfig, RoutingPolicy
+from serving.routing.choice import Wanted
 from serving.routing.policies import Speeds
 from serving.routing.prefix_index import Prefix
-from serving.routing.router import Choice, Router, Turn, Wanted
+from serving.routing.router import Turn
 from serving.simulation.engine import Engine
+from serving.simulation.routing.gateways import AFFINITY, EXCHANGE_INTERVAL_S, Gateways
 from serving.simulation.routing.replica import Replica, Request
 from serving.simulation.routing.trace import PromptTrace
 
 POLICIES: Final[tuple[RoutingPolicy, ...]] = get_args(RoutingPolicy)
-# Only here, to compare with: the longest cached prefix wins, whatever the load.
-AFFINITY: Final = "affinity"
 ALL: Final = (*POLICIES, AFFINITY)
 QUANTILES: Final = (0.5, 0.9, 0.95, 0.99)
 WORK: Final = "prompt tokens computed"
@@ -32,12 +32,16 @@ WORK: Final = "prompt tokens computed"
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What is simulated: so many replicas of one engine, so many blocks of cache each."""
+    """What is simulated: so many replicas of one engine, so many blocks of cache each, before so many gateways."""
 
     engine: Engine
     replicas: int
     blocks: int
     seed: int = 0
+    gateways: int = 1
+    # Whether gateways learn of one another's requests at the replicas, and how often beside answers' heads.
+    feedback: bool = True
+    exchange_interval_s: float = EXCHANGE_INTERVAL_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +91,9 @@ def speeds(engine: Engine) -> Speeds:
 
 def play(trace: PromptTrace, cluster: Cluster, policy: str, config: RoutingConfig | None = None) -> Outcome:
     """One policy on a trace. `config` gives the weights of a policy that has some."""
-    n, now_s = cluster.replicas, [0.0]
+    n = cluster.replicas
     live: RoutingPolicy = next((p for p in POLICIES if p == policy), "cost")
     settings = (config or RoutingConfig()).model_copy(update={"policy": live, "index_blocks": n * cluster.blocks})
-    router = Router(settings, speeds=speeds(cluster.engine), clock=lambda: now_s[0], rng=Random(cluster.seed))  # noqa: S311
-    for i in range(n):
-        router.join(f"replica-{i}", cluster.blocks * trace.block_tokens)
     turns: dict[Request, Turn] = {}
     replicas = [
         Replica(
@@ -104,23 +105,29 @@ def play(trace: PromptTrace, cluster: Cluster, policy: str, config: RoutingConfi
         )
         for _ in range(n)
     ]
-    choose = _affinity(router) if policy == AFFINITY else router.choose
+    gateways = Gateways(
+        cluster.gateways,
+        settings,
+        speeds=speeds(cluster.engine),
+        replicas=replicas,
+        kv_tokens=cluster.blocks * trace.block_tokens,
+        seed=cluster.seed,
+        affinity=policy == AFFINITY,
+        feedback=cluster.feedback,
+        exchange_interval_s=cluster.exchange_interval_s,
+    )
     ends = _ends(trace)
     served: list[tuple[Request, int]] = []
     reasons: dict[str, int] = {}
     for prompt in trace.prompts:
-        for replica in replicas:
-            replica.advance(prompt.at_s)
-        now_s[0] = prompt.at_s
+        gateways.advance(prompt.at_s)
         request = Request(prompt.at_s, prompt.tokens, prompt.output_tokens, prompt.blocks)
         wanted = Wanted(Prefix(prompt.blocks, ends, prompt.tokens), str(prompt.session))
-        choice = choose(wanted)
-        if choice is None:
-            raise ValueError("a cluster without replicas")
-        reasons[choice.reason] = reasons.get(choice.reason, 0) + 1
-        turns[request] = router.begin(choice, wanted)
-        replicas[choice.seat.place].put(request, prompt.at_s)
-        served.append((request, choice.seat.place))
+        turns[request], place = gateways.send(wanted)
+        reason = turns[request].choice.reason
+        reasons[reason] = reasons.get(reason, 0) + 1
+        replicas[place].put(request, prompt.at_s)
+        served.append((request, place))
     for replica in replicas:
         replica.advance(math.inf)
     return _outcome(policy, served, replicas, reasons)
@@ -130,16 +137,6 @@ def _ends(trace: PromptTrace) -> Sequence[int]:
     """Where blocks end, in tokens; a last block that is not full counts as one in the router's mirror."""
     most = max(len(prompt.blocks) for prompt in trace.prompts)
     return range(trace.block_tokens, (most + 1) * trace.block_tokens, trace.block_tokens)
-
-
-def _affinity(router: Router) -> Callable[[Wanted], Choice]:
-    def choose(wanted: Wanted) -> Choice:
-        held = router.index.match(wanted.prefix) if wanted.prefix is not None else []
-        holders = [seat for seat in router.seats if held and held[0].replicas >> seat.slot & 1]
-        seat = min(holders or router.seats, key=lambda seat: seat.in_flight)
-        return Choice(seat, "prefix" if holders else "load", held[0].tokens if held else 0)
-
-    return choose
 
 
 def _outcome(

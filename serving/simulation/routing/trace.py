@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -47,8 +48,11 @@ class PromptTrace:
         return self.prompts[-1].at_s
 
 
-def find(name: str, rate_scale: float = 1.0) -> PromptTrace:
-    """The named trace, played so many times as fast. Raises LoadtestError that says what is wrong or known."""
+def find(name: str, rate_scale: float = 1.0, *, spread: bool = False) -> PromptTrace:
+    """The named trace, played so many times as fast. Raises LoadtestError that says what is wrong or known.
+
+    `spread`: requests that came at one time, as it was recorded, come evenly until the next.
+    """
     if not (rate_scale > 0 and math.isfinite(rate_scale)):
         raise LoadtestError(f"a rate scale of {rate_scale:g}; it must be above 0")
     if name in _GENERATED:
@@ -63,6 +67,8 @@ def find(name: str, rate_scale: float = 1.0) -> PromptTrace:
     if not rows:
         raise LoadtestError(f"{name}: holds no request")
     rows.sort(key=lambda row: row[0])
+    if spread:
+        rows = _spread(rows)
     sessions = _Sessions()
     begin_s = rows[0][0]
     return PromptTrace(
@@ -90,6 +96,18 @@ def _recorded(path: Path) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise LoadtestError(f"{path}: cannot be read: {error}") from error
     return rows
+
+
+def _spread(rows: list[Row]) -> list[Row]:
+    times = sorted({row[0] for row in rows})
+    ends = dict(pairwise(times))
+    found: list[Row] = []
+    for at_s, group in groupby(rows, key=lambda row: row[0]):
+        together = list(group)
+        # The last ones have no next time to come before.
+        step_s = (ends.get(at_s, at_s) - at_s) / len(together)
+        found += [(at_s + i * step_s, *row[1:]) for i, row in enumerate(together)]
+    return found
 
 
 class _Sessions:
