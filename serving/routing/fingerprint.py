@@ -8,8 +8,8 @@ Blocks are coarser than an engine's (16 tokens), and grow: what routing must kno
 holds, to some percent. With `BLOCKS_MOST` of them at most a prompt of any length costs a bounded time; what stands
 beyond the last is counted and not compared. A token is taken for four bytes; a token id is four bytes here too.
 
-Hashes are BLAKE2b's under a key that a cluster's gateways share: they mean the same in each of them, and nobody outside
-can make two prompts collide. A collision would cost a cache miss, nothing else.
+Hashes are SHA-256's, begun with a key that a cluster's gateways share: they mean the same in each of them, and nobody
+outside can make two prompts collide. A collision would cost a cache miss, nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hmac
 from array import array
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from itertools import accumulate
 from typing import Any, Final
 
@@ -47,13 +47,13 @@ def secret(engine_token: str) -> bytes:
 
 def fingerprint(prompt: bytes, *owner: str, key: bytes) -> Prefix:
     """The prefix of a prompt's bytes; `owner` (tenant, model) keeps equal prompts of different caches apart."""
-    chain, start, hashes = blake2b(_owned(owner), digest_size=HASH_BYTES, key=key), 0, []
+    chain, start, hashes = hmac.digest(key, _owned(owner), "sha256"), 0, []
     size = len(prompt)
     for end in _ENDS:
         if end > size:
             break
-        chain.update(prompt[start:end])
-        hashes.append(int.from_bytes(chain.digest(), "little"))
+        chain = sha256(chain + prompt[start:end]).digest()
+        hashes.append(int.from_bytes(chain[:HASH_BYTES], "little"))
         start = end
     return Prefix(tuple(hashes), ENDS, max(1, size // BYTES_PER_TOKEN))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from random import Random
 from typing import Any, Final, NamedTuple
@@ -360,6 +361,8 @@ class Router:
             self.index.touch(seat.slot, prefix)
         else:
             self.index.forget(seat.slot, prefix, choice.cached_tokens)
+            with suppress(ValueError):  # told already, or not to be told
+                seat.placed.remove(prefix.hashes)
 
     def _hold(self, seat: Seat, adapter: str) -> None:
         """The engine loads the adapter, if it has not; the one used longest ago makes room."""

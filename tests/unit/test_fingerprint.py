@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -49,6 +52,21 @@ def test_tenants_and_models_share_nothing() -> None:
     assert ours.isdisjoint(hashes(chat(TEXT), "other", "m"))
     assert ours.isdisjoint(hashes(chat(TEXT), "press", "m-adapter"))
     assert hashes(chat(TEXT), "ab", "c") != hashes(chat(TEXT), "a", "bc")
+
+
+def test_every_gateway_of_a_cluster_names_a_prompt_alike_and_no_other_cluster_does() -> None:
+    # What another process has found, with another seed of Python's own hashes.
+    program = (
+        "from serving.routing.fingerprint import fingerprint, secret; "
+        "print(*fingerprint(b'x' * 1000, 'press', 'm', key=secret('engine-token')).hashes)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, check=True
+    ).stdout
+    mine = fingerprint(b"x" * 1000, "press", "m", key=KEY).hashes
+    assert tuple(map(int, told.split())) == mine
+    assert len(mine) == 3
+    assert set(mine).isdisjoint(fingerprint(b"x" * 1000, "press", "m", key=secret("another-token")).hashes)
 
 
 def test_spacing_escapes_and_parts_make_no_difference() -> None:

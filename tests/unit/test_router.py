@@ -185,6 +185,20 @@ def test_a_prompt_that_was_not_computed_is_not_remembered() -> None:
     assert not made.index.match(prefix(1, 2))
 
 
+def test_others_are_told_of_what_is_placed_and_not_of_what_failed() -> None:
+    made = router(replicas=1)
+    send(made, 1, 2)
+    made.shares = True
+    send(made, 3, 4)
+    send(made)
+    choice = made.choose(Wanted(prefix(5, 6)))
+    assert choice is not None
+    turn = made.begin(choice, Wanted(prefix(5, 6)))
+    assert list(made.seats[0].placed) == [(3, 4), (5, 6)]
+    turn.end()
+    assert list(made.seats[0].placed) == [(3, 4)]
+
+
 def test_a_replica_that_leaves_is_forgotten_with_what_it_held() -> None:
     made = router(replicas=2)
     name = send(made, 1, 2, 3)
