@@ -177,7 +177,7 @@ class Hedging:
         first = runners[0].lease
         # As many as the first has, or more: there it would wait as well.
         loads = self._replicas.in_flight(exchange.model)
-        full = frozenset(name for name, requests in loads.items() if requests >= first.choice.seat.in_flight)
+        full = frozenset(name for name, requests in loads.items() if requests >= first.choice.seat.requests)
         try:
             sent = await self._connect(exchange, full | {first.endpoint.replica_id})
         except (Unavailable, ClientLeft):

@@ -165,8 +165,8 @@ class ReplicaSet:
         return len(self._models[model].endpoints)
 
     def in_flight(self, model: str) -> Mapping[str, int]:
-        """Requests in flight on each of the model's replicas that take requests, by its id."""
-        return {name: seat.in_flight for name, seat in self._models[model].seats.items()}
+        """Requests on each of the model's replicas that take requests, by its id; all gateways', as far as is known."""
+        return {name: seat.requests for name, seat in self._models[model].seats.items()}
 
     def endpoints(self, model: str) -> frozenset[Endpoint]:
         """Where the model's replicas listen."""
