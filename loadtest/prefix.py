@@ -34,6 +34,7 @@ from loadtest.targets import REAL_MODEL, served
 from loadtest.workloads.text import filler
 
 NAME = "prefix"
+REPLICAS = 2
 POLICIES = ("cost", "round-robin")
 # KV cache of one real replica, GiB: 22.5 KiB a token (30 layers, 3 KV heads of 64, bfloat16, keys and values).
 KV_GIB = 0.25
@@ -65,7 +66,7 @@ def config(policy: str, *, fake: bool) -> dict[str, Any]:
     model["resources"] = {"accelerator": "cpu", "cpus": 1, "cpu_kv_cache_gib": KV_GIB}
     if fake:
         model = {"id": REAL_MODEL["id"], "source": "fake:prefix", "resources": {"cpus": 0.1}, "fake": FAKE}
-    model |= {"replicas": {"min": 2}, "routing": {"policy": policy}}
+    model |= {"replicas": {"min": REPLICAS}, "routing": {"policy": policy}}
     return {"gateway": {"cpus": 0.1}, "models": [model]}
 
 
@@ -150,7 +151,7 @@ def counted(ready: Mapping[str, Any]) -> tuple[float, float]:
 def measure(policy: str, args: argparse.Namespace) -> Measured:
     """One policy on a fresh cluster."""
     key = secrets.token_urlsafe(24)
-    with served(config(policy, fake=args.fake), key) as ready:
+    with served(config(policy, fake=args.fake), key, replicas=REPLICAS) as ready:
         found = Measured(talk(ready["url"], key, args.conversations, args.turns, args.streams))
         found.hits, found.queries = counted(ready)
     return found

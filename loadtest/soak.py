@@ -45,6 +45,7 @@ SAMPLE_S = 10.0
 SETTLE_S = 15.0
 # Readings before this share of the run are not part of the line.
 WARM_SHARE = 1 / 6
+GATEWAYS, REPLICAS = 2, 2
 MIB = 2**20
 HOUR_S = 3600.0
 # So many requests a second are read to their end, and half as many are left.
@@ -84,12 +85,12 @@ class Trend:
 def config() -> dict[str, Any]:
     """Two gateways, one model of two replicas."""
     return {
-        "gateway": {"cpus": 0.1, "replicas": {"min": 2, "max": 2}},
+        "gateway": {"cpus": 0.1, "replicas": {"min": GATEWAYS, "max": GATEWAYS}},
         "models": [
             {
                 "id": MODEL,
                 "source": f"fake:{MODEL}",
-                "replicas": {"min": 2},
+                "replicas": {"min": REPLICAS},
                 "resources": {"cpus": 0.1},
                 "fake": {"decode_ms": 10.0, "prefill_tokens_per_s": 20000},
             }
@@ -261,7 +262,7 @@ def main() -> int:
     key = secrets.token_urlsafe(24)
     wanted = scenario(seconds, key)
     when = datetime.now(UTC)
-    with served(config(), key) as ready:
+    with served(config(), key, gateways=GATEWAYS, replicas=REPLICAS) as ready:
         watch = Watch({name: pids for name, pids in ready["pids"].items() if pids})
         leavers = Leavers(ready["url"], key, seed=1)
         watch.start()

@@ -83,9 +83,12 @@ def _cluster(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Subject, ...
 
 
 @contextmanager
-def served(config: Mapping[str, Any], key: str, *options: str) -> Iterator[dict[str, Any]]:
+def served(
+    config: Mapping[str, Any], key: str, *options: str, gateways: int = 1, replicas: int = 1
+) -> Iterator[dict[str, Any]]:
     """What the ready file tells of a cluster of this configuration, with one tenant of this key; ended at the exit.
 
+    A cluster is ready with the first of each; this waits for so many gateways, and replicas of every model.
     Raises LoadtestError when it does not start.
     """
     with tempfile.TemporaryDirectory(prefix="galerne-bench-") as folder:
@@ -109,7 +112,7 @@ def served(config: Mapping[str, Any], key: str, *options: str) -> Iterator[dict[
                 env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1"},
             )
         try:
-            yield _wait_ready(serve, ready, log)
+            yield _wait_ready(serve, ready, log, gateways, replicas)
         finally:
             _stop(serve)
 
@@ -171,13 +174,14 @@ def _free_port() -> int:
         return port
 
 
-def _wait_ready(serve: subprocess.Popen[bytes], ready: Path, log: Path) -> dict[str, Any]:
+def _wait_ready(serve: subprocess.Popen[bytes], ready: Path, log: Path, gateways: int, replicas: int) -> dict[str, Any]:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline_s:
         # An empty or half-written file is not ready yet.
         with suppress(FileNotFoundError, json.JSONDecodeError):
             told: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
-            return told
+            if len(told["gateways"]) >= gateways and all(len(e) >= replicas for e in told["engines"].values()):
+                return told
         if serve.poll() is not None:
             raise LoadtestError(f"galerne serve ended with code {serve.returncode}:\n{_tail(log)}")
         time.sleep(_POLL_S)
