@@ -119,7 +119,7 @@ bench-peers-engine: install ## the same in front of the real model: build/bench/
 	$(BIN)/python -m loadtest compare --real --streams 16 --prompt-kib 1 --output-tokens 32 --run-s 20 \
 	  --timeout-s 600 --out build/bench/compare-engine.json $(PEERS_ARGS)
 
-bench-fairness: install system-parts ## one tenant's flood beside others, fake engine in this process: build/bench/fairness.json
+bench-fairness: install system-parts ## one tenant's flood beside others, fake engine: build/bench/fairness.json
 	$(BIN)/python -m tests.benches.fairness
 
 bench-autoscale: install ## a step of load on a live cluster, fake engines and Prometheus: build/bench/autoscale.json

@@ -16,7 +16,7 @@ It never falls below a quarter of what the engine has, so a wrong signal cannot 
 A request always fits where nothing is in flight. The last of the bound is kept for tenants that have less than their
 fair part in flight: whoever sends little does not wait for a slot behind somebody who takes all. Of tokens `RESERVE` is
 kept. Of slots, one, and as many as lack where fewer sequences end in a step than their successors that travel: those
-that end are independent, so of n on average it is two standard deviations, 2 sqrt(n).
+that end are independent, so of n on average a standard deviation is sqrt(n), and never more than all n are lacking.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from serving.admission.gateway_part import GatewayPart
 # vLLM's own default for most devices.
 DEFAULT_SEQUENCES = 256
 RESERVE = 1 / 64
-# Slots kept: one and so many standard deviations of what ends in a step, but never more than this part of all.
-DEVIATIONS, MOST_KEPT = 2.0, 1 / 40
+# Slots kept: one and so many standard deviations of what ends in a step (99 of 100 steps end no fewer), but never more
+# than this part of all.
+DEVIATIONS, MOST_KEPT = 2.33, 1 / 40
 # Sequences run for at least so many steps, as far as is counted on.
 LEAST_STEPS = 16.0
 # With fewer slots than these a reserved one would be too much of the whole.
@@ -153,7 +154,8 @@ class InFlight:
         if not keep or most < LEAST_FOR_RESERVE:
             return max(self._replicas or 1, int(most))
         computed = self._capacity.sequences * self._replicas
-        kept = min(1.0 + DEVIATIONS * math.sqrt(computed * self._ends_per_step), MOST_KEPT * computed)
+        ends = computed * self._ends_per_step
+        kept = min(1.0 + min(ends, DEVIATIONS * math.sqrt(ends)), MOST_KEPT * computed)
         return min(round(self._sequences_part.of(whole - kept) * factor), int(most) - 1)
 
     def tokens_limit(self, part: float = 1.0) -> float | None:
