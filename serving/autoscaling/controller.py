@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import structlog
 from prometheus_client import start_http_server
 
-from serving.autoscaling.live import ModelScaler
+from serving.autoscaling.external import ExternalReader
+from serving.autoscaling.live import ModelScaler, Read
 from serving.autoscaling.signals import SignalReader
 from serving.autoscaling.snapshot import Signal
 from serving.config import ModelConfig, PrometheusConfig
@@ -36,7 +37,16 @@ def scaler(model: ModelConfig, prometheus: PrometheusConfig | None, metrics_host
         reader = _readers.get(prometheus)
         if reader is None:
             reader = _readers[prometheus] = SignalReader(prometheus.url, prometheus.query_timeout_s)
-        return ModelScaler(model, reader.signals, metrics)
+        return ModelScaler(model, _read(model, prometheus, reader), metrics)
+
+
+def _read(model: ModelConfig, prometheus: PrometheusConfig, reader: SignalReader) -> Read:
+    """The model's signals, and what something else wants where the configuration names it."""
+    external = None if model.autoscaling is None else model.autoscaling.external
+    if external is None:
+        return reader.signals
+    other = ExternalReader(prometheus.url, prometheus.query_timeout_s, external)
+    return lambda model_id: {**reader.signals(model_id), **other.signals()}
 
 
 def _nothing(_: str) -> Mapping[str, Signal]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from serving.autoscaling.policy import Memory, Settings, decide
+from serving.autoscaling.policy import Memory, decide
+from serving.autoscaling.settings import Settings
 from serving.autoscaling.snapshot import Decision, Signal, Snapshot
 from serving.autoscaling.starts import Starts
 from serving.config import AutoscalingConfig, ModelConfig

@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from datetime import UTC, tzinfo
-from typing import Final, Self
+from typing import Final
 
 from serving.autoscaling.capacity import Capacity
 from serving.autoscaling.demand import WATCHED_S, Mix, Queued, Work, under_strain, work
 from serving.autoscaling.forecast import UNKNOWN, Moves, Profile, Sample, by_time_of_day, kept, learned
 from serving.autoscaling.learning import Learned, work_per_s
 from serving.autoscaling.schedule import floor_at
+from serving.autoscaling.settings import Settings
 from serving.autoscaling.snapshot import Decision, Signal, Snapshot
-from serving.config import AutoscalingConfig, ModelConfig, ScheduledFloor, zone
 
 REASONS: Final = (
     "steady",  # nothing to change
@@ -39,6 +38,7 @@ REASONS: Final = (
     "cooldown",  # less would do, but not for long enough yet
     "rate",  # as far as a step may go
     "schedule",  # the floor of this time of day
+    "external",  # something else decides
     "minimum",
     "maximum",
 )
@@ -87,39 +87,6 @@ USUAL_S: Final = 86400.0
 KV_FULL: Final = 0.9
 KV_ROOM: Final = 0.6
 UNKNOWN_STEP: Final = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the configuration says about one model's scale."""
-
-    minimum: int
-    maximum: int
-    capacity: Capacity | None
-    stale_after_s: float = 30.0
-    idle_s: float = 600.0
-    # Share of requests that may miss their targets.
-    may_miss: float = 0.01
-    forecast: bool = True
-    schedule: tuple[ScheduledFloor, ...] = ()
-    zone: tzinfo = UTC
-
-    @classmethod
-    def of(cls, model: ModelConfig) -> Self:
-        """From a model's configuration. Without `replicas.max` there is nothing to scale: it is `min`, at least one."""
-        section = model.autoscaling or AutoscalingConfig()
-        least = model.replicas.min
-        return cls(
-            minimum=least,
-            maximum=max(least, 1) if model.replicas.max is None else model.replicas.max,
-            capacity=Capacity.of(model),
-            stale_after_s=section.stale_after_s,
-            idle_s=section.idle_s,
-            may_miss=1 - section.attainment,
-            forecast=section.forecast,
-            schedule=section.schedule,
-            zone=zone(section.timezone),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +159,12 @@ class _Case:
         if held and snapshot.target == 0 and settings.maximum > 0:
             said = f"{held:g} requests are held and nothing runs"
             return self._said(max(1, self._least()), "wake", said), replace(self.memory, asked_at_s=snapshot.at_s)
-        needed = ("arrivals_rps", "running", "waiting") if snapshot.ready else ("arrivals_rps",)
-        if missing := [name for name in needed if self._value(getattr(snapshot, name)) is None]:
+        if missing := self._missing():
             bounded = min(max(snapshot.target, settings.minimum), settings.maximum)
             return self._said(bounded, "stale", f"no fresh {', '.join(missing)}: held"), self.memory
         self._remember()
+        if settings.external_stale_s is not None:
+            return self._followed(), self.memory
         terms = self._terms()
         now = snapshot.at_s
         window_s = min(max(DOWN_LEAST_S, snapshot.start_s + terms.answer_s), DOWN_MOST_S)
@@ -211,6 +179,23 @@ class _Case:
             f"{self.memory.caution:.2f}), waiting adds {terms.queue:.2f}: {terms.wanted:.2f} wanted"
         )
         return self._said(target, reason, said, terms.listed()), replace(self.memory, targets=given)
+
+    def _missing(self) -> list[str]:
+        """Names of signals without which there is no decision."""
+        snapshot, settings = self.snapshot, self.settings
+        if settings.external_stale_s is not None:
+            missing = [] if snapshot.external.usable(settings.external_stale_s) else ["external"]
+            # The last replica goes when nobody asks, which is Galerne's to know.
+            known = settings.minimum or self._value(snapshot.arrivals_rps) is not None
+            return missing if known else [*missing, "arrivals_rps"]
+        needed = ("arrivals_rps", "running", "waiting") if snapshot.ready else ("arrivals_rps",)
+        return [name for name in needed if self._value(getattr(snapshot, name)) is None]
+
+    def _followed(self) -> Decision:
+        """What something else wants, within the bounds; the last replica goes as it does otherwise."""
+        value = min(max(self.snapshot.external.value or 0.0, 0.0), MOST)
+        target, reason = self._bounded(math.ceil(value - 1e-9), "external", value)
+        return self._said(target, reason, f"the external query says {value:g}", (("wanted", value),))
 
     def _value(self, signal: Signal) -> float | None:
         return min(max(signal.value or 0.0, 0.0), MOST) if signal.usable(self.settings.stale_after_s) else None

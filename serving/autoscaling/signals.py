@@ -41,6 +41,8 @@ QUERY: Final = f'{{__name__=~"{"|".join([*(rule.record for rule in SIGNALS), SAM
 
 # (url, timeout_s) -> body of the answer; raises OSError, http.client.HTTPException or ValueError.
 Fetch = Callable[[str, float], bytes]
+# body of an answer -> by model, the signals with their ages; raises ValueError.
+Parse = Callable[[bytes], Mapping[str, Mapping[str, Signal]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,11 @@ class SignalReader:
         *,
         fetch: Fetch | None = None,
         refresh_s: float = REFRESH_S,
+        query: str = QUERY,
+        parser: Parse | None = None,
     ) -> None:
-        self._arguments = (url, timeout_s, clock, fetch, refresh_s)
+        """`query` and `parser` are for another question than that for every model's signals."""
+        self._arguments = (url, timeout_s, clock, fetch, refresh_s, query, parser)
         self._clock = clock
         self._lock = threading.Lock()
         self._memory: _Memory | None = None
@@ -87,15 +92,21 @@ class SignalReader:
         return self._arguments
 
     def __setstate__(self, arguments: tuple[Any, ...]) -> None:
-        url, timeout_s, clock, fetch, refresh_s = arguments
-        SignalReader.__init__(self, url, timeout_s, clock, fetch=fetch, refresh_s=refresh_s)
+        url, timeout_s, clock, fetch, refresh_s, query, parser = arguments
+        SignalReader.__init__(self, url, timeout_s, clock, fetch=fetch, refresh_s=refresh_s, query=query, parser=parser)
 
     def signals(self, model: str) -> dict[str, Signal]:
         """By field of Snapshot, with ages as of now; `NO_SIGNAL` for what is not known."""
+        found = self.answered(model)
+        return {rule.field: found.get(rule.field, NO_SIGNAL) for rule in SIGNALS}
+
+    def answered(self, model: str) -> dict[str, Signal]:
+        """What the newest answer has of a model, with ages as of now."""
         answer = self._started().answer
-        found: Mapping[str, Signal] = {} if answer is None else answer.models.get(model, {})
-        passed_s = 0.0 if answer is None else self._clock() - answer.asked_at_s
-        return {rule.field: _older(found.get(rule.field, NO_SIGNAL), passed_s) for rule in SIGNALS}
+        if answer is None:
+            return {}
+        passed_s = self._clock() - answer.asked_at_s
+        return {name: _older(signal, passed_s) for name, signal in answer.models.get(model, {}).items()}
 
     def fill(self, snapshot: Snapshot, model: str) -> Snapshot:
         """The snapshot with the model's signals."""
@@ -111,12 +122,15 @@ class SignalReader:
 
     def refresh(self) -> None:
         """Ask Prometheus once, here and now (the background thread does the same); never raises."""
-        url, timeout_s, clock, fetch, _ = self._arguments
-        _refresh(self._memory_of(), url, timeout_s, clock, fetch or fetch_http)
+        _refresh(self._memory_of(), self._asking())
 
     def stop(self) -> None:
         """End the background thread after the request under way."""
         self._memory_of().stopped.set()
+
+    def _asking(self) -> _Asking:
+        url, timeout_s, clock, fetch, _, query, parser = self._arguments
+        return _Asking(url, timeout_s, clock, fetch or fetch_http, query, parser or parse)
 
     def _memory_of(self) -> _Memory:
         with self._lock:
@@ -129,10 +143,10 @@ class SignalReader:
         with self._lock:
             if not memory.started:
                 memory.started = True
-                url, timeout_s, clock, fetch, refresh_s = self._arguments
+                refresh_s = self._arguments[4]
                 threading.Thread(
                     target=_keep_fresh,
-                    args=(memory, url, timeout_s, clock, fetch or fetch_http, refresh_s),
+                    args=(memory, self._asking(), refresh_s),
                     name="galerne-signals",
                     daemon=True,
                 ).start()
@@ -151,21 +165,32 @@ class _Memory:
     stopped: threading.Event = field(default_factory=threading.Event)
 
 
-def _keep_fresh(
-    memory: _Memory, url: str, timeout_s: float, clock: Callable[[], float], fetch: Fetch, refresh_s: float
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """Whom to ask, what, and how the answer is read."""
+
+    url: str
+    timeout_s: float
+    clock: Callable[[], float]
+    fetch: Fetch
+    query: str
+    parser: Parse
+
+
+def _keep_fresh(memory: _Memory, asking: _Asking, refresh_s: float) -> None:
     while not memory.stopped.is_set():
-        started_s = clock()
-        _refresh(memory, url, timeout_s, clock, fetch)
-        memory.stopped.wait(max(0.0, refresh_s - (clock() - started_s)))
+        started_s = asking.clock()
+        _refresh(memory, asking)
+        memory.stopped.wait(max(0.0, refresh_s - (asking.clock() - started_s)))
 
 
-def _refresh(memory: _Memory, url: str, timeout_s: float, clock: Callable[[], float], fetch: Fetch) -> None:
-    asked_at_s = clock()
+def _refresh(memory: _Memory, asking: _Asking) -> None:
+    asked_at_s = asking.clock()
     # A plain number is seconds; with a unit Prometheus takes no fractions.
-    query = urllib.parse.urlencode({"query": QUERY, "timeout": f"{timeout_s:g}"})
+    query = urllib.parse.urlencode({"query": asking.query, "timeout": f"{asking.timeout_s:g}"})
     try:
-        memory.answer = Answer(asked_at_s, parse(fetch(f"{url.rstrip('/')}/api/v1/query?{query}", timeout_s)))
+        body = asking.fetch(f"{asking.url.rstrip('/')}/api/v1/query?{query}", asking.timeout_s)
+        memory.answer = Answer(asked_at_s, asking.parser(body))
     except Exception as error:  # The thread outlives whatever an answer holds.
         memory.failures += 1
         memory.problem = f"{type(error).__name__}: {error}"[:200]
@@ -179,18 +204,9 @@ def parse(body: bytes) -> dict[str, dict[str, Signal]]:
     A value that is no finite number of at least 0, stands twice or has no sample age is no signal; nothing else of
     the answer suffers from it.
     """
-    document = json.loads(body)
-    if not isinstance(document, dict) or document.get("status") != "success":
-        raise ValueError("Prometheus does not report success")
-    if document.get("warnings"):
-        # A part of a federation did not answer: sums over the rest would be too small.
-        raise ValueError("Prometheus warns that its answer is incomplete")
-    data = document.get("data")
-    if not isinstance(data, dict) or data.get("resultType") != "vector" or not isinstance(data.get("result"), list):
-        raise ValueError("Prometheus answers with something else than a vector")
     values: dict[tuple[str, str], list[float]] = {}
     ages: dict[tuple[str, str], list[float]] = {}
-    for row in data["result"]:
+    for row in rows(body):
         if (sample := _sample(row)) is None:
             continue
         name, labels, at_s, value = sample
@@ -202,19 +218,32 @@ def parse(body: bytes) -> dict[str, dict[str, Signal]]:
         model: {
             rule.field: Signal(only, max(by_source))
             for rule in SIGNALS
-            if (only := _only(values.get((model, rule.record), ()))) is not None
-            and (by_source := _all([_only(ages.get((model, source), ())) for source in rule.sources]))
+            if (only := only_one(values.get((model, rule.record), ()))) is not None
+            and (by_source := _all([only_one(ages.get((model, source), ())) for source in rule.sources]))
         }
         for model in {model for model, _ in values}
     }
+
+
+def rows(body: bytes) -> list[Any]:
+    """The elements of an instant vector; ValueError where the answer is none, or tells that it is incomplete."""
+    document = json.loads(body)
+    if not isinstance(document, dict) or document.get("status") != "success":
+        raise ValueError("Prometheus does not report success")
+    if document.get("warnings"):
+        # A part of a federation did not answer: sums over the rest would be too small.
+        raise ValueError("Prometheus warns that its answer is incomplete")
+    data = document.get("data")
+    if not isinstance(data, dict) or data.get("resultType") != "vector" or not isinstance(data.get("result"), list):
+        raise ValueError("Prometheus answers with something else than a vector")
+    return list(data["result"])
 
 
 def _sample(row: Any) -> tuple[str, dict[str, str], float, float] | None:
     """Name, labels, time of evaluation and value; None for a row that is not one of ours."""
     try:
         labels = row["metric"]
-        at_s, value = row["value"]
-        at_s, value = float(at_s), float(value)
+        at_s, value = map(float, row["value"])
         name, model = labels["__name__"], labels["model"]
     except (KeyError, TypeError, ValueError):
         return None
@@ -223,7 +252,7 @@ def _sample(row: Any) -> tuple[str, dict[str, str], float, float] | None:
     return name, labels, at_s, value
 
 
-def _only(found: Iterable[float]) -> float | None:
+def only_one(found: Iterable[float]) -> float | None:
     """The one value that is there, at least 0; of two nobody knows which is meant."""
     values = tuple(found)
     return values[0] if len(values) == 1 and values[0] >= 0 else None

@@ -63,6 +63,8 @@ class Snapshot:
     # Share of requests beyond their target, 0 to 1; no requests: no value.
     ttft_missed: Signal = NO_SIGNAL
     itl_missed: Signal = NO_SIGNAL
+    # Replicas that something else wants (`autoscaling.external`).
+    external: Signal = NO_SIGNAL
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,16 @@ YAML file, and errors with its line, are `serving.config_file`'s.
 """
 
 from serving.config.adapters import AdapterConfig, LoraConfig
-from serving.config.autoscaling import DAYS, AutoscalingConfig, CapacityConfig, Day, MinuteOfDay, ScheduledFloor, zone
+from serving.config.autoscaling import (
+    DAYS,
+    AutoscalingConfig,
+    CapacityConfig,
+    Day,
+    ExternalConfig,
+    MinuteOfDay,
+    ScheduledFloor,
+    zone,
+)
 from serving.config.base import MODEL_ID, NAME, SHA256, Frozen, Misplaced, PositiveInt, Seconds
 from serving.config.fake import FakeEngineConfig, FakeFaults
 from serving.config.faults import GatewayFaultsConfig, ModelFaultsConfig
@@ -61,6 +70,7 @@ __all__ = [
     "CapacityConfig",
     "CredentialConfig",
     "Day",
+    "ExternalConfig",
     "FakeEngineConfig",
     "FakeFaults",
     "Frozen",

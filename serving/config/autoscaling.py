@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, tzinfo
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from serving.config.base import Frozen, PositiveInt, Seconds
 
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MINUTES_A_DAY = 24 * 60
+# One metric with label matchers, of which Prometheus knows when each sample was taken.
+_SELECTOR: Final = re.compile(r'[a-zA-Z_:][a-zA-Z0-9_:]*(\{([^{}"]|"([^"\\]|\\.)*")*\})?')
+_PromQL = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 def _minutes(value: Any) -> Any:
@@ -45,12 +49,40 @@ class ScheduledFloor(Frozen):
     min: PositiveInt
 
 
+class ExternalConfig(Frozen):
+    """A number of replicas that something else decides (KEDA, a HorizontalPodAutoscaler), as Prometheus knows it."""
+
+    # PromQL whose one element is the number; a fraction counts as the next whole one.
+    query: _PromQL
+    # PromQL whose one element is when the oldest sample behind it was taken, seconds since the epoch. Left out:
+    # `timestamp(query)`, which says so of one metric alone; of anything computed it would say "now".
+    sampled: _PromQL | None = None
+    # A number from older samples is not believed: the scale is held. Above the interval at which they are scraped.
+    stale_after_s: Seconds = 90.0
+
+    @model_validator(mode="after")
+    def _age_is_known(self) -> Self:
+        if self.sampled is None and not _SELECTOR.fullmatch(self.query.strip()):
+            raise ValueError(
+                "`sampled` is needed, because `query` is more than one metric with its labels: for example "
+                "min(timestamp(METRIC)) of the metrics in it"
+            )
+        return self
+
+    @property
+    def sampled_query(self) -> str:
+        """PromQL of the moment that the number is from."""
+        return f"timestamp({self.query})" if self.sampled is None else self.sampled
+
+
 class AutoscalingConfig(Frozen):
     """How a model's replicas follow its load; absent, `replicas.min` of them run."""
 
     # What one replica can do; absent: the fake engine's own figures, or (real engines) what is learned while it runs.
     capacity: CapacityConfig | None = None
     decision_interval_s: Seconds = 5.0
+    # Who decides instead of Galerne's own policy; bounds, schedule and `idle_s` hold all the same.
+    external: ExternalConfig | None = None
     # A start is taken to last so long until one was measured.
     start_s: Seconds = 45.0
     # Signals older than this are not believed: the scale is held.

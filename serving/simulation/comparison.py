@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from serving.autoscaling.policy import Settings
+from serving.autoscaling.settings import Settings
 from serving.config import ModelConfig
 from serving.simulation.cluster import Cluster
 from serving.simulation.engine import Engine, Targets

@@ -9,7 +9,8 @@ import math
 from collections import deque
 from typing import Final, Protocol
 
-from serving.autoscaling.policy import Memory, Settings, decide
+from serving.autoscaling.policy import Memory, decide
+from serving.autoscaling.settings import Settings
 from serving.autoscaling.snapshot import Decision
 from serving.simulation.cluster import Cluster
 from serving.simulation.meter import SCRAPE_S, Meter

@@ -19,9 +19,11 @@ import httpx
 import psutil
 import pytest
 
+from serving.autoscaling.external import ExternalReader
 from serving.autoscaling.signals import SignalReader
 from serving.autoscaling.snapshot import Signal
 from serving.cli import prometheus, state
+from serving.config import ExternalConfig
 from serving.metrics import alerts, rules
 from tests.integration.running import GALERNE, KEY, RunningCluster
 from tests.system_parts import required
@@ -174,12 +176,21 @@ def test_an_exporter_that_freezes_shows_as_age_and_never_as_less_load(exporter: 
     (tmp_path / state.TARGETS_FILE).write_text(json.dumps(targets))
     server.start()
     reader = SignalReader(server.url, 2.5, refresh_s=1)
+    ready = 'galerne_replicas_ready{model="m"}'
+    named = ExternalReader(server.url, 2.5, ExternalConfig(query=ready), refresh_s=1)
+    reckoned = ExternalConfig(query=f"3 * sum({ready}) # three", sampled=f"min(timestamp({ready}))")
+    computed = ExternalReader(server.url, 2.5, reckoned, refresh_s=1)
+
+    def wanted() -> list[float | None]:
+        found = [one.signals()["external"] for one in (named, computed)]
+        return [signal.value if signal.usable(2.5 * rules.SCRAPE_S) else None for signal in found]
 
     def arrivals() -> Signal:
         return reader.signals("m")["arrivals_rps"]
 
     try:
         until("the rate is seen", lambda: (arrivals().value or 0) > 5)
+        until("what something else wants is seen", lambda: wanted() == [1.0, 3.0])
         lowest, Exporter.frozen = 10.0, threading.Event()
         Exporter.frozen.set()
         while arrivals().age_s < 2.5 * rules.SCRAPE_S:
@@ -188,6 +199,7 @@ def test_an_exporter_that_freezes_shows_as_age_and_never_as_less_load(exporter: 
         assert lowest > 5, "a rate without its newest samples was believed"
         frozen = arrivals()
         assert not frozen.usable(2.5 * rules.SCRAPE_S)
+        assert wanted() == [None, None]
         (child,) = (p for p in psutil.Process().children() if p.name() == "prometheus")
         assert server.ended() is None
         child.kill()

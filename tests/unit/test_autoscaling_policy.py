@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.autoscaling.policy import REASONS, Memory, Settings, decide
+from serving.autoscaling.policy import REASONS, Memory, decide
+from serving.autoscaling.settings import Settings
 from serving.autoscaling.snapshot import Decision, Signal, Snapshot
 from serving.config import ModelConfig
 
