@@ -28,6 +28,11 @@ VOLUMES_OF_RESTRICTED = {
 RAY_PORTS = {6379, 6380, 6381, 6382, 6383, 8265, 10001, 52365, *range(10002, 20000)}
 # (rule, object): why it may.
 EXCEPTIONS = {
+    (
+        "probes",
+        "Deployment trial-galerne-keda-org-chat-1-5-4dd2c4",
+    ): "it does nothing, and nothing is to be found of it",
+    ("probes", "Deployment trial-galerne-keda-vectors-29a6a5"): "as above",
     ("ray-ports", "Service trial-galerne-redis"): "6379 is Redis' own port, too; its selector takes Redis' pod alone",
 }
 

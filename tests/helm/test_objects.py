@@ -21,7 +21,7 @@ KUBERNETES = ("1.32", "1.33", "1.34", "1.35", "1.36")
 CRDS = SHARED / "crds"
 # Custom kinds without a CRD at hand; what is checked of them is in tests of their own below.
 WITHOUT_CRD = {"ScrapeConfig", "ExternalSecret", "HTTPRoute"}
-CUSTOM_GROUPS = ("ray.io/", "monitoring.coreos.com/", "external-secrets.io/", "gateway.networking.k8s.io/")
+CUSTOM_GROUPS = ("ray.io/", "monitoring.coreos.com/", "external-secrets.io/", "gateway.networking.k8s.io/", "keda.sh/")
 
 
 def is_custom(thing: dict[str, Any]) -> bool:

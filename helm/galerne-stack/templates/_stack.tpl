@@ -44,10 +44,10 @@ matchLabels:
 {{- $monitoring := index .Values "kube-prometheus-stack" -}}
 {{- $parts := list
   (dict "on" $monitoring.enabled "part" "kube-prometheus-stack" "value" "galerne.config.prometheus.url"
-    "is" (dig "config" "prometheus" "url" "" (deepCopy $galerne)) "wanted" (printf "http://%s-prometheus:9090" $monitoring.fullnameOverride)
+    "is" (get ($galerne.config.prometheus | default dict) "url") "wanted" (printf "http://%s-prometheus:9090" $monitoring.fullnameOverride)
     "else" "the address of yours, and galerne.networkPolicy.monitoringNamespace to its namespace")
   (dict "on" .Values.valkey.enabled "part" "valkey" "value" "galerne.config.limits_store"
-    "is" (dig "config" "limits_store" "" (deepCopy $galerne)) "wanted" (printf "redis://%s:6379/0" .Values.valkey.fullnameOverride)
+    "is" ($galerne.config.limits_store | default "") "wanted" (printf "redis://%s:6379/0" .Values.valkey.fullnameOverride)
     "else" "that of yours, galerne.limitsStore.passwordSecret to its password and galerne.networkPolicy.gatewayEgress to the way there")
   (dict "on" .Values.postgres.enabled "part" "postgres" "value" "galerne.ledger.existingSecret"
     "is" $galerne.ledger.existingSecret "wanted" .Values.postgres.fullnameOverride

@@ -12,6 +12,7 @@
 {{- $_ := set $config "listen" (dict "host" "0.0.0.0" "port" 8000 "trusted_proxies" .Values.gateway.trustedProxies) -}}
 {{- if .Values.tenants.externalSecret.enabled -}}{{- $config = omit $config "tenants" -}}{{- end -}}
 {{- if .Values.tenants.fileSecret -}}{{- $_ := set $config "tenants_file" (include "galerne.tenantsPath" .) -}}{{- end -}}
+{{- include "galerne.follow" (list . $config) -}}
 {{- toYaml $config -}}
 {{- end }}
 
@@ -40,6 +41,11 @@ and administrators are no part of it: gateways take them from the file while the
 {{- else -}}
 {{- dict "min" $replicas "max" $replicas | toJson -}}
 {{- end -}}
+{{- end }}
+
+{{/* Port at which the head says what was decided. */}}
+{{- define "galerne.scalerPort" -}}
+{{- (.Values.config.prometheus | default dict).scaler_port | default 9390 | int64 -}}
 {{- end }}
 
 {{/* The longest drain of a model, seconds. */}}
@@ -153,6 +159,7 @@ and administrators are no part of it: gateways take them from the file while the
 {{- if and $hub (not $values.weights.volume) -}}
 {{- fail "a model has an hf: source, and engines never go out: set weights.volume to a volume that holds it (path:/models/…), or that weights.prepare fills" -}}
 {{- end -}}
+{{- include "galerne.validateKeda" . -}}
 {{- if and $values.loadtest.enabled (not $values.loadtest.keysSecret) -}}
 {{- fail "loadtest.keysSecret is empty: name a Secret whose keys are the variables that the scenario's keys name" -}}
 {{- end -}}
