@@ -154,6 +154,21 @@ class FairQueue(Generic[W]):
                 return head
         return first
 
+    def near(self, head: W) -> list[W]:
+        """Whose turn it nearly is: of the other tenants of its class, the first request of each that has had no more
+        service than this one's tenant and one request like that, least first.
+        """
+        lane = self.lane(head.tenant)
+        others = [
+            (other, first)
+            for other in lane.group.active.values()
+            if other is not lane
+            for first in (other.waiting[0],)
+            if other.counter - lane.counter <= service_of(first.input_tokens, first.output_tokens) / other.weight
+        ]
+        others.sort(key=lambda pair: _by_service(pair[0]))
+        return [first for _, first in others]
+
     def take(self, item: W) -> None:
         """Dispatch a request that waits: its input is charged, and it is in flight until `done`."""
         lane = self.lane(item.tenant)

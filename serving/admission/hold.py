@@ -331,13 +331,25 @@ class ModelHold:
         """Let go whose turn it is."""
         if self._queue:
             self._count()
-            while (ticket := self._queue.next()) is not None and self._may(ticket):
+            while (ticket := self._whose_turn()) is not None:
                 self._queue.take(ticket)
                 self._send(ticket)
                 self._waited(ticket, "released")
         waits = bool(self._queue)
         self._slow_start.follow(self._reachable, somebody_waits=waits)
         self._waking.follow(has_replica=self._ready > 0, somebody_waits=waits)
+
+    def _whose_turn(self) -> Ticket | None:
+        """Who may go now. Where whoever is next may not, what is kept for those with little in flight is theirs all the
+        same: two requests of theirs at one moment are not to wait behind a tenant that takes all.
+        """
+        first = self._queue.next()
+        if first is None or self._may(first):
+            return first
+        if self._slow_start.full(self._reachable) or not self.in_flight.room(0.0, 1, reserve=True):
+            return None
+        near = (t for t in self._queue.near(first) if self._below_its_part(self._queue.lane(t.tenant)))
+        return next((ticket for ticket in near if self._may(ticket)), None)
 
     def _waited(self, ticket: Ticket, end: End) -> None:
         self._bytes -= ticket.size_bytes

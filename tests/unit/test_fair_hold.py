@@ -225,3 +225,23 @@ async def test_a_tenant_at_its_bound_gets_429_and_a_client_that_leaves_frees_its
             task.cancel()
         await until(lambda: made.total("galerne_requests_held") == 0)
         assert (await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT)).status_code == 200
+
+
+async def test_two_at_one_moment_of_who_sends_little_both_have_what_is_kept() -> None:
+    clock, ends = Clock(), Ends()
+    hold = one_hold(clock, ends, Timers(), {"flood": {}, "light": {}}, sequences_per_replica=128, requests=400)
+    hold.in_flight.turnover(48.0)
+    flood = [hold.enter("flood", 1, clock.now_s, Job()) for _ in range(300)]
+    sent = sum(ticket.released for ticket in flood)
+    assert 126 <= sent < hold.in_flight.sequences_limit()
+    first, second = (hold.enter("light", 1, clock.now_s, Job()) for _ in range(2))
+    # The first charges its tenant beyond the flood's, so the second's turn has not come; it is theirs all the same.
+    assert first.released
+    assert hold.queue.lag(hold.queue.lane("light")) >= 0
+    assert second.released
+    # Whoever has had much more than one request beyond the others waits for its turn.
+    hold.queue.charge("light", 0.0, 10_000.0)
+    third = hold.enter("light", 1, clock.now_s, Job())
+    assert not third.released
+    for ticket in [*flood, first, second, third]:
+        ticket.end()
