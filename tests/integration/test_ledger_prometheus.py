@@ -1,4 +1,7 @@
-"""The ledger against counters that a real Prometheus has scraped, as on a cluster of several machines."""
+"""The ledger against counters that a real Prometheus has scraped, as on a cluster of several machines.
+
+It comes before `test_prometheus`, at whose end the shared cluster's Prometheus is killed.
+"""
 
 from __future__ import annotations
 
