@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 from rich.console import Console
 from rich.live import Live
@@ -50,6 +51,13 @@ errors = Console(stderr=True)
 ConfigArgument = Annotated[
     str, typer.Argument(help="Configuration file, or the name of a bundled one.", metavar="CONFIG")
 ]
+
+
+@app.callback()
+def begin() -> None:
+    """What every command begins with: standard output is the command's answer alone, and logs go where errors go."""
+    # The stream of the moment, as with the consoles above.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
 
 
 def main() -> None:

@@ -36,22 +36,30 @@ class FailedStarts:
 
     def __init__(self) -> None:
         self._counts: Mapping[str, int] = {}
+        self._told = False
         threading.Thread(target=self._read, name="failed-starts", daemon=True).start()
 
     def __call__(self, model: str) -> int:
         """Failed starts of a model since the cluster began, as far as they are known; returns at once."""
         return self._counts.get(model, 0)
 
+    def look(self) -> None:
+        """Read once; that it cannot be read is told once, until it can be again."""
+        try:
+            self._counts = {
+                key.decode().removeprefix(PREFIX): int(_internal_kv_get(key, namespace=NAMESPACE) or b"0")
+                for key in _internal_kv_list(PREFIX, namespace=NAMESPACE)
+            }
+            self._told = False
+        except Exception as error:
+            if not self._told:
+                log.warning("failed starts cannot be read", error=str(error))
+            self._told = True
+
     def _read(self) -> None:
         pause = threading.Event()
         while True:
-            try:
-                self._counts = {
-                    key.decode().removeprefix(PREFIX): int(_internal_kv_get(key, namespace=NAMESPACE) or b"0")
-                    for key in _internal_kv_list(PREFIX, namespace=NAMESPACE)
-                }
-            except Exception as error:
-                log.warning("failed starts cannot be read", error=str(error))
+            self.look()
             pause.wait(PERIOD_S)
 
 

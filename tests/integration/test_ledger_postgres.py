@@ -58,7 +58,7 @@ def test_rows_of_several_gateways(postgres: Postgres, tmp_path: Path, monkeypatc
     assert len(rows_of(postgres.url)) == 200
     monkeypatch.setenv("GALERNE_LEDGER_URL", postgres.url)
     found = CliRunner().invoke(app, ["usage", "--by", "day", "--by", "tenant", "--format", "json"])
-    (total,) = json.loads(found.output)
+    (total,) = json.loads(found.stdout)
     assert (total["day"], total["requests"], total["prompt_tokens"]) == ("2026-09-21", 200, 2000)
 
 

@@ -111,10 +111,10 @@ def test_sums_are_printed(home: Path) -> None:
     found = run.invoke(
         app, ["usage", "--tenant", "press", "--from", "2026-09-21", "--to", "2026-09-22", "--format", "json"]
     )
-    assert json.loads(found.output)[0]["requests"] == 2
+    assert json.loads(found.stdout)[0]["requests"] == 2
     # 14:13:20 UTC is when they began.
     found = run.invoke(app, ["usage", "--from", "2026-09-21T16:13:21+02:00", "--format", "json", "--by", "key"])
-    assert [(r["key_id"], r["requests"]) for r in json.loads(found.output)] == [("a", 1)]
+    assert [(r["key_id"], r["requests"]) for r in json.loads(found.stdout)] == [("a", 1)]
     assert "press" in run.invoke(app, ["usage"]).output
     assert run.invoke(app, ["usage", "--from", "yesterday"]).exit_code == 2
 
@@ -151,7 +151,7 @@ async def test_engines_and_ledger_agree(home: Path, monkeypatch: pytest.MonkeyPa
         await made_rig.settled()
         found = await invoke("usage", "reconcile", "--json")
         assert found.exit_code == 0, found.output
-        balances = json.loads(found.output)
+        balances = json.loads(found.stdout)
         assert sum(b["not_through_a_gateway"]["completion"] for b in balances) == 6
         assert sum(b["prompt_of_further_answers"]["prompt"] for b in balances) > 0
         assert "balanced" in (await invoke("usage", "reconcile")).output
@@ -161,7 +161,7 @@ async def test_engines_and_ledger_agree(home: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(usage, "SETTLE_S", 0)
         found = await invoke("usage", "reconcile", "--json")
         assert found.exit_code == 1
-        assert sum(b["unexplained"]["completion"] for b in json.loads(found.output)) == 6
+        assert sum(b["unexplained"]["completion"] for b in json.loads(found.stdout)) == 6
 
 
 class Losing:
@@ -215,7 +215,7 @@ async def test_attempts_that_were_lost_are_a_cause(home: Path, monkeypatch: pyte
         assert made_rig.total("galerne_hedges_total", won="second") >= 3
         found = await invoke("usage", "reconcile", "--json")
         assert found.exit_code == 0, found.output
-        balances = json.loads(found.output)
+        balances = json.loads(found.stdout)
         assert all(b["unexplained"] == {"prompt": 0, "completion": 0} for b in balances)
         assert all(b["lost_attempts_at_least"] == b["lost_attempts_at_most"] for b in balances)
         lost = sum(b["lost_attempts_at_most"]["prompt"] for b in balances)
@@ -223,7 +223,7 @@ async def test_attempts_that_were_lost_are_a_cause(home: Path, monkeypatch: pyte
         assert sum(b["guessed_rows"] for b in balances) == 0
         assert "lost attempts" in (await invoke("usage", "reconcile")).output
         # Nobody pays for them.
-        sums = json.loads((await invoke("usage", "--format", "json")).output)
+        sums = json.loads((await invoke("usage", "--format", "json")).stdout)
         with reading(told.url) as connection:
             rows = connection.execute(store.USAGE.select()).all()
             assert sums[0]["prompt_tokens"] == sum(r.prompt_tokens for r in rows)
@@ -233,7 +233,7 @@ async def test_attempts_that_were_lost_are_a_cause(home: Path, monkeypatch: pyte
         monkeypatch.setattr(usage, "SETTLE_S", 0)
         found = await invoke("usage", "reconcile", "--json")
         assert found.exit_code == 1
-        assert sum(b["unexplained"]["prompt"] for b in json.loads(found.output)) == lost
+        assert sum(b["unexplained"]["prompt"] for b in json.loads(found.stdout)) == lost
 
 
 async def test_a_lost_attempt_that_its_engine_has_forgotten_has_a_bound(
@@ -252,7 +252,7 @@ async def test_a_lost_attempt_that_its_engine_has_forgotten_has_a_bound(
         await made_rig.settled()
         found = await invoke("usage", "reconcile", "--json")
         assert found.exit_code == 0, found.output
-        (lost,) = (b for b in json.loads(found.output) if b["lost_attempts_at_most"]["prompt"])
+        (lost,) = (b for b in json.loads(found.stdout) if b["lost_attempts_at_most"]["prompt"])
         assert lost["lost_attempts_at_least"] == {"prompt": 0, "completion": 0}
         assert lost["lost_attempts_at_most"]["completion"] == CHAT["max_tokens"]
         assert lost["unexplained"] == {"prompt": 0, "completion": 0}

@@ -285,7 +285,7 @@ def test_the_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = CliRunner()
     found = run.invoke(app, [*command, "--json"])
     assert found.exit_code == 0, found.output
-    document = json.loads(found.output)
+    document = json.loads(found.stdout)
     assert document["rows_of_replicas_not_scraped"] == 1
     (replica,) = document["replicas"]
     both = {"prompt": total, "completion": total}
