@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
+from structlog.testing import capture_logs
 
 from serving.cluster.kubernetes.masking import Masker
 from serving.config import GalerneConfig, LedgerConfig
@@ -134,15 +135,16 @@ def test_while_the_database_is_away_rows_wait(tmp_path: Path) -> None:
     assert len(rows_of(told.url)) == 1
 
 
-def test_a_full_disk_loses_rows_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_loses_rows_aloud(tmp_path: Path) -> None:
     told = made(tmp_path, spill_bytes=8192)
     ledger = Ledger(told, "g", program=None)
-    for number in range(5):
-        ledger.record(row(number))
-        ledger.flush()
+    with capture_logs() as logs:
+        for number in range(5):
+            ledger.record(row(number))
+            ledger.flush()
     state = ledger.state()
     assert (state.spilled, state.dropped, state.behind) == (2, 3, 2)
-    assert "usage is LOST" in capsys.readouterr().out
+    assert [(entry["log_level"], "usage is LOST" in entry["event"]) for entry in logs] == [("error", True)]
     assert Writer(Spill(told.spill_dir), told.url, print).drain()
     ledger.flush()
     ledger.record(row(9))
