@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Final, NamedTuple
 
@@ -65,39 +65,44 @@ class Speeds:
     decode_s_per_context_token: float = 0.0
     # Prompt tokens of one pass.
     chunk_tokens: int = CHUNK_TOKENS
+    # Seconds for a prompt token, with its part of the pass: of any pass, and more for each sequence and each token of
+    # context in it.
+    token_s: tuple[float, float, float] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        pass_s = 1 / self.prefill_tokens_per_s + self.decode_s / self.chunk_tokens
+        per_sequence_s = self.decode_s_per_sequence / self.chunk_tokens
+        per_context_token_s = self.decode_s_per_context_token / self.chunk_tokens
+        object.__setattr__(self, "token_s", (pass_s, per_sequence_s, per_context_token_s))
 
 
 def cost_s(candidate: Candidate, demand: Demand, speeds: Speeds, reuse_weight: float) -> float:
     """Seconds that a request is taken to cost on this replica."""
-    return _cost_s(candidate, demand.tokens, speeds, _weight(demand, reuse_weight))
+    return _cost_s(candidate, demand.tokens, speeds.token_s, _weight(demand, reuse_weight))
 
 
 def _weight(demand: Demand, reuse_weight: float) -> float:
     return max(1.0, reuse_weight / (1 + demand.sharers) ** 2)
 
 
-def _cost_s(candidate: Candidate, tokens: int, speeds: Speeds, weight: float) -> float:
+def _cost_s(candidate: Candidate, tokens: int, token_s: tuple[float, float, float], weight: float) -> float:
     waiting, in_flight, in_flight_tokens, cached, surplus, to_load = candidate
-    step_s = (
-        speeds.decode_s
-        + speeds.decode_s_per_sequence * in_flight
-        + speeds.decode_s_per_context_token * in_flight_tokens
-    )
+    pass_s, per_sequence_s, per_context_token_s = token_s
     balance = SURPLUS_WEIGHT * surplus
     if balance > tokens:
         balance = tokens
     elif balance < -tokens:
         balance = -tokens
-    token_s = 1 / speeds.prefill_tokens_per_s + step_s / speeds.chunk_tokens
-    return (waiting + weight * (tokens - cached) + balance + to_load) * token_s
+    each_s = pass_s + per_sequence_s * in_flight + per_context_token_s * in_flight_tokens
+    return (waiting + weight * (tokens - cached) + balance + to_load) * each_s
 
 
 def least_cost(candidates: Sequence[Candidate], demand: Demand, speeds: Speeds, reuse_weight: float) -> int:
     """Index of the cheapest; of equals the one with fewer requests in flight, then the first."""
-    tokens, weight = demand.tokens, _weight(demand, reuse_weight)
+    tokens, token_s, weight = demand.tokens, speeds.token_s, _weight(demand, reuse_weight)
     best, best_s, best_in_flight = 0, math.inf, 0
     for i, candidate in enumerate(candidates):
-        seconds = _cost_s(candidate, tokens, speeds, weight)
+        seconds = _cost_s(candidate, tokens, token_s, weight)
         if seconds < best_s or (seconds == best_s and candidate.in_flight < best_in_flight):
             best, best_s, best_in_flight = i, seconds, candidate.in_flight
     return best

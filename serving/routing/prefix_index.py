@@ -71,20 +71,26 @@ class PrefixIndex:
 
     def match(self, prefix: Prefix) -> list[Held]:
         """Who holds how much of the prompt, most first; each replica that holds any of it stands in one entry."""
-        replicas, ends = self._replicas, prefix.ends
-        alive, found = -1, []
-        i = 0
-        for i, name in enumerate(prefix.hashes):
-            holders = replicas.get(name, 0) & alive
-            if holders != alive:
-                if i:
-                    found.append(Held(ends[i - 1], alive & ~holders))
-                alive = holders
-                if not holders:
-                    break
-        else:
-            if prefix.hashes:
-                found.append(Held(min(ends[i], prefix.tokens), alive))
+        hashes, ends, holders = prefix.hashes, prefix.ends, self._replicas.get
+        alive = holders(hashes[0], 0) if hashes else 0
+        found = []
+        # Whoever holds a block holds those before it: they are used whenever it is, and later (`touch`). So where the
+        # holders change next is found by halving.
+        known, most = 0, len(hashes)
+        while alive:
+            first, last, left = known + 1, most, 0
+            while first < last:
+                middle = (first + last) >> 1
+                held = holders(hashes[middle], 0) & alive
+                if held == alive:
+                    first = middle + 1
+                else:
+                    last, left = middle, held
+            if first < most:
+                found.append(Held(ends[first - 1], alive & ~left))
+            else:
+                found.append(Held(min(ends[most - 1], prefix.tokens), alive))
+            known, alive = first, left
         found.reverse()
         return found
 

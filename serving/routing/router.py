@@ -12,6 +12,7 @@ Promises: every `Turn` that begins ends, and takes back exactly what it added; a
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -268,7 +269,6 @@ class Router:
         rng: Random,
     ) -> list[Seat]:
         """Those that hold most of the prompt, some that hold its adapter, and some at random; no replica twice."""
-        loaded = (item for item in holders.items() if item[1].name not in exclude)
         found: dict[int, Seat] = {}
         for _, replicas in held:
             # Of many that hold the same, not always the same are looked at: from a random bit on.
@@ -280,11 +280,13 @@ class Router:
                 turned ^= low
                 slot = low.bit_length() - 1 + shift
                 seat = self._by_slot[slot]
-                if seat.name not in exclude:
+                if not exclude or seat.name not in exclude:
                     found[slot] = seat
             if len(found) >= HOLDERS_LOOKED_AT:
                 break
-        found.update(islice(loaded, HOLDERS_LOOKED_AT))
+        if holders:
+            loaded = (item for item in holders.items() if item[1].name not in exclude)
+            found.update(islice(loaded, HOLDERS_LOOKED_AT))
         draw, n = rng.random, len(seats)
         for _ in range(DRAWN):
             seat = seats[int(draw() * n)]
@@ -295,10 +297,8 @@ class Router:
         """Requests under way that begin as this one does, as far as it is cached anywhere."""
         if prefix is None or not most:
             return 0
-        for name, end in zip(prefix.hashes, prefix.ends, strict=False):
-            if end >= most:
-                return self._sharers.get(name, 0)
-        return 0
+        last = bisect_left(prefix.ends, most)
+        return self._sharers.get(prefix.hashes[last], 0) if last < len(prefix.hashes) else 0
 
     def _of_session(self, session: str, exclude: Collection[str]) -> Choice:
         seats = self.seats
@@ -407,11 +407,13 @@ def _held_by(held: list[Held], seat: Seat) -> int:
 
 
 def _reason(candidates: list[Candidate], best: int) -> Reason:
-    chosen = candidates[best]
-    if chosen.cached_tokens and any(c.cached_tokens < chosen.cached_tokens for c in candidates):
-        return "prefix"
-    if not chosen.to_load_tokens and any(c.to_load_tokens for c in candidates):
-        return "adapter"
-    if any((c.waiting_tokens, c.in_flight) != (chosen.waiting_tokens, chosen.in_flight) for c in candidates):
-        return "load"
-    return "tie"
+    waiting, in_flight, _, cached, _, to_load = candidates[best]
+    adapter = load = False
+    for other in candidates:
+        if other.cached_tokens < cached:
+            return "prefix"
+        if other.to_load_tokens > 0 and not to_load:
+            adapter = True
+        if other.waiting_tokens != waiting or other.in_flight != in_flight:
+            load = True
+    return "adapter" if adapter else "load" if load else "tie"
