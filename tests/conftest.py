@@ -8,8 +8,10 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
-# Timings decide no test: on a busy machine an example takes as long as it takes.
-settings.register_profile("galerne", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Timings decide no test: on a busy machine an example takes as long as it takes. The same commit has the same examples
+# everywhere; to look for new ones: `pytest --hypothesis-profile=explore`.
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("galerne", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("galerne")
 
 
