@@ -263,6 +263,9 @@ def _max_output_tokens(found: shapes.AnyBody) -> int | None:
 
 
 def _generation(found: shapes.Generation, limits: LimitsConfig) -> None:
+    if found.use_beam_search:
+        # The engine computes every beam's prompt and tokens anew and counts them as one answer.
+        raise unsupported("use_beam_search", "answers are sampled here; leave it out or send false")
     for name, least, most in (
         ("n", 1, limits.n),
         ("best_of", 1, limits.best_of),

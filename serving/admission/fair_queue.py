@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from heapq import nsmallest
 from typing import Generic, Protocol, TypeVar
 
 from serving.config import PRIORITIES, Priority
@@ -29,6 +30,8 @@ from serving.config import PRIORITIES, Priority
 INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
 PATIENCE = 9.0
+# Tenants that are looked at beside the next one: a turn's cost does not grow with how many wait.
+NEAR = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,8 @@ class FairQueue(Generic[W]):
         self._classes: dict[Priority, _Class[W]] = {name: _Class() for name in PRIORITIES}
         self._lanes: dict[str, Lane[W]] = {}
         self._length = 0
+        # Weights of all who wait or are served here, until one comes or goes.
+        self._weights: float | None = None
         # Tenants that wait or are served at other gateways.
         self._elsewhere: frozenset[str] = frozenset()
 
@@ -106,6 +111,7 @@ class FairQueue(Generic[W]):
     def update(self, standings: Mapping[str, Standing]) -> None:
         """Take what tenants are granted from now on; who is named no more finishes what it has under its last terms."""
         self._standings = dict(standings)
+        self._weights = None
         for tenant, lane in list(self._lanes.items()):
             standing = standings.get(tenant)
             if standing is None:
@@ -138,6 +144,7 @@ class FairQueue(Generic[W]):
         if not lane.waiting:
             lane.counter = max(lane.counter, self._lowest(lane))
             lane.group.active[lane.tenant] = lane
+            self._weights = None
         lane.waiting.append(item)
         self._length += 1
 
@@ -154,20 +161,17 @@ class FairQueue(Generic[W]):
                 return head
         return first
 
-    def near(self, head: W) -> list[W]:
+    def near(self, head: W) -> Iterator[W]:
         """Whose turn it nearly is: of the other tenants of its class, the first request of each that has had no more
-        service than this one's tenant and one request like that, least first.
+        service than this one's tenant and one request like that, least first; of no more than `NEAR` tenants.
         """
         lane = self.lane(head.tenant)
-        others = [
-            (other, first)
+        others = (
+            other
             for other in lane.group.active.values()
-            if other is not lane
-            for first in (other.waiting[0],)
-            if other.counter - lane.counter <= service_of(first.input_tokens, first.output_tokens) / other.weight
-        ]
-        others.sort(key=lambda pair: _by_service(pair[0]))
-        return [first for _, first in others]
+            if other is not lane and other.counter - lane.counter <= _first_service(other) / other.weight
+        )
+        return (other.waiting[0] for other in nsmallest(NEAR, others, key=_by_service))
 
     def take(self, item: W) -> None:
         """Dispatch a request that waits: its input is charged, and it is in flight until `done`."""
@@ -190,6 +194,7 @@ class FairQueue(Generic[W]):
         self._length -= 1
         if not lane.waiting:
             del lane.group.active[lane.tenant]
+            self._weights = None
             lane.group.floor = lane.counter
             if not lane.group.active:
                 lane.group.passed = 0.0
@@ -197,6 +202,7 @@ class FairQueue(Generic[W]):
     def done(self, tenant: str) -> None:
         """A request in flight has ended."""
         self.lane(tenant).in_flight -= 1
+        self._weights = None
 
     def charge(self, tenant: str, input_tokens: float, output_tokens: float) -> None:
         """Tokens that a tenant was given, or (negative) was charged too much."""
@@ -230,13 +236,15 @@ class FairQueue(Generic[W]):
 
     def fair_part(self, lane: Lane[W]) -> float:
         """The part of the whole, 0 to 1, that a tenant's weight gives it among those who wait or are served."""
-        weights = sum(other.weight for other in self._lanes.values() if other.waiting or other.in_flight)
-        return 1.0 if weights <= lane.weight else lane.weight / weights
+        if self._weights is None:
+            self._weights = sum(other.weight for other in self._lanes.values() if other.waiting or other.in_flight)
+        return 1.0 if self._weights <= lane.weight else lane.weight / self._weights
 
     # --
 
     def _dispatch(self, lane: Lane[W], item: W) -> None:
         lane.in_flight += 1
+        self._weights = None
         self._charge(lane, INPUT_WEIGHT * item.input_tokens)
 
     def _charge(self, lane: Lane[W], service: float) -> None:
@@ -257,6 +265,11 @@ class FairQueue(Generic[W]):
             if other is not None and other is not lane and other.group is lane.group:
                 counters.append(other.counter)
         return min(counters, default=lane.group.floor)
+
+
+def _first_service(lane: Lane[W]) -> float:
+    first = lane.waiting[0]
+    return service_of(first.input_tokens, first.output_tokens)
 
 
 def service_of(input_tokens: float, output_tokens: float) -> float:

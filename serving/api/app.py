@@ -23,6 +23,7 @@ import structlog
 from serving import tracing
 from serving.admission import bounds, output_default, quotas
 from serving.admission.hold import Hold
+from serving.admission.ongoing import Ongoing
 from serving.admission.shared_service import SharedService
 from serving.admission.shedding import Bounds, Shedder
 from serving.api import loop_lag, openapi, routes
@@ -107,7 +108,7 @@ class Gateway:
         metrics.expect(config)
         self._echo_request_id = echo_request_id
         self._clock = clock
-        self._in_flight = 0
+        self._ongoing = Ongoing(config.gateway.max_ongoing_requests, len(config.tenants))
         self.replicas = ReplicaSet(config.models, rng, clock=clock, on_choice=metrics.routed, key=secret(engine_token))
         name = uuid.uuid4().hex[:GATEWAY_NAME_CHARS].encode()
         self._pool = Pool(config.gateway.connect_timeout_s, name, self.replicas.hear)
@@ -131,7 +132,7 @@ class Gateway:
             on_slow=metrics.slow_reader,
             on_round=lambda: self.replicas.forget_said(heard_for_s),
         )
-        self._shedder = Shedder(Bounds(faults.shed_lag_s, faults.shed_memory_bytes), lambda: self._in_flight)
+        self._shedder = Shedder(Bounds(faults.shed_lag_s, faults.shed_memory_bytes), lambda: self._ongoing.requests)
         self._tasks: list[asyncio.Task[None]] = []
         self._relay = Relay(
             self.replicas,
@@ -160,7 +161,7 @@ class Gateway:
         metrics.watch(self.replicas, self.hold)
         metrics.watch_ejections(self.health)
         self._tracer = None if config.tracing is None else tracing.tracer(config.tracing)
-        self._ops = Ops.of(config, self.replicas, self.hold, metrics, lambda: self._in_flight, clock)
+        self._ops = Ops.of(config, self.replicas, self.hold, metrics, lambda: self._ongoing.requests, clock)
 
     def update_replicas(self, model: str, endpoints: tuple[Endpoint, ...]) -> None:
         """Take the cluster's current replicas of a model."""
@@ -223,6 +224,7 @@ class Gateway:
         self._salts.follow(tenant.id for tenant in config.tenants)
         self.hold.update(config.tenants)
         self.quotas.update(config.tenants)
+        self._ongoing.tenants = len(config.tenants)
         self._ops.follow(config)
         self._explainer.follow(config)
         self._metrics.expect(config)
@@ -276,19 +278,27 @@ class Gateway:
         if call.method != "POST":
             raise MethodNotAllowed(f"{path} takes POST.")
         identity.require("inference")
-        full = self._in_flight >= self._config.gateway.max_ongoing_requests
-        if full or self._shedder.reason is not None:
-            self._metrics.shed("requests" if full else str(self._shedder.reason))
+        tenant = identity.tenant_id
+        if (why := self._too_many(tenant)) is not None:
+            self._metrics.shed(why)
             raise Unavailable(
                 "The gateway has as many requests as it takes. Try again shortly.",
                 code="overloaded",
                 retry_after_s=BUSY_RETRY_AFTER_S,
             )
-        self._in_flight += 1
+        self._ongoing.begin(tenant)
         try:
             return await self._relayed(call, route, identity)
         finally:
-            self._in_flight -= 1
+            self._ongoing.end(tenant)
+
+    def _too_many(self, tenant: str) -> str | None:
+        """Why a request of this tenant is refused before it is read; None: it is taken."""
+        if self._ongoing.full:
+            return "requests"
+        if self._shedder.reason is not None:
+            return self._shedder.reason
+        return None if self._ongoing.may(tenant) else "tenant"
 
     async def _relayed(self, call: Call, route: routes.EngineRoute, identity: Identity) -> int:
         limits = identity.limits or self._limits

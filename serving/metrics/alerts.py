@@ -196,7 +196,7 @@ ALERTS: Final = (
     Alert(
         "GalerneShedding",
         "critical",
-        "sum by (reason) (rate(galerne_requests_shed_total[5m])) > 1",
+        'sum by (reason) (rate(galerne_requests_shed_total{reason!="tenant"}[5m])) > 1',
         "2m",
         "Gateways refuse requests for want of room ({{ $labels.reason }})",
         "Clients get 503 with Retry-After: a gateway has as many requests as it takes, its event loop is late, or its "

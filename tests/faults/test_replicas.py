@@ -185,7 +185,8 @@ async def test_ten_times_too_much() -> None:
     async with rig(2, STEADY, max_ongoing_requests=20) as made:
         seen = await ask_many(REQUESTS, 200, lambda: made.ask(5))
         books = await made.settled()
-        refused = int(made.total("galerne_requests_shed_total", reason="requests"))
+        # One of several tenants: it may not have the last of them.
+        refused = int(made.total("galerne_requests_shed_total"))
         report("ten times too much", seen, books, refused=refused)
         assert seen == {"done": books["completed"], "503": refused}
         assert books["completed"] + refused == REQUESTS

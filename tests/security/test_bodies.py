@@ -59,6 +59,7 @@ HOSTILE: list[tuple[int, str, dict[str, Any]]] = [
     (3, COMPLETIONS, {"logit_bias": {str(i): 1 for i in range(5000)}}),
     (3, COMPLETIONS, {"bad_words": ["x"] * 10_000}),
     (3, COMPLETION, PROMPT | {"best_of": 10_000}),
+    (3, COMPLETION, PROMPT | {"use_beam_search": True, "n": 8}),
     (3, COMPLETION, PROMPT | {"prompt": ["x"] * 10_000}),
     (3, COMPLETION, PROMPT | {"prompt": [[1] * 50_000, [1] * 50_000]}),
     (3, RESPONSES, INPUT | {"max_output_tokens": 10**9}),

@@ -135,6 +135,7 @@ CASES = (
     Case("GalerneReplicasEjected", False, {f"galerne_replicas_ejected{MODEL}": "0x58 1 0 0x1000"}),
     Case("GalerneShedding", True, {'galerne_requests_shed_total{reason="memory"}': "0+120x1000"}),
     Case("GalerneShedding", False, {'galerne_requests_shed_total{reason="requests"}': "0+30x1000"}),
+    Case("GalerneShedding", False, {'galerne_requests_shed_total{reason="tenant"}': "0+120x1000"}),
     Case("GalerneLimitsStoreDown", True, {'galerne_limits_store_up{instance="a"}': "1x1000", 'galerne_limits_store_up{instance="b"}': "0x1000"}),
     Case("GalerneLimitsStoreDown", False, {'galerne_limits_store_up{instance="a"}': "1x1000"}),
     Case("GalerneTenantQueueFull", True, {'galerne_queue_bound_part{model="m", tenant="t", instance="a"}': "1x1000"}),

@@ -81,6 +81,7 @@ ACCEPTED: list[tuple[BodyKind, dict[str, Any]]] = [
     (BodyKind.CHAT, {"documents": [{"title": "t", "text": "x"}], "reasoning_effort": "low", "user": "u"}),
     (BodyKind.CHAT, {"cache_salt": "mine", "metadata": {"a": "b"}, "service_tier": "auto", "store": True}),
     (BodyKind.CHAT, {"chat_template": None, "priority": 0, "prompt_logprobs": 0}),
+    (BodyKind.CHAT, {"use_beam_search": False}),
     (BodyKind.COMPLETION, {"prompt": ["a", "b"], "echo": True, "logprobs": 5, "best_of": 2, "suffix": "end"}),
     (BodyKind.COMPLETION, {"prompt": [1, 2, 3], "stop": ["\n", "###"], "return_tokens_as_token_ids": True}),
     (BodyKind.COMPLETION, {"prompt": [[1, 2], [3]], "truncate_prompt_tokens": -1, "add_special_tokens": False}),

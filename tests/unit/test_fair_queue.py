@@ -11,7 +11,15 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.admission.fair_queue import INPUT_WEIGHT, OUTPUT_WEIGHT, PATIENCE, FairQueue, Standing, service_of
+from serving.admission.fair_queue import (
+    INPUT_WEIGHT,
+    NEAR,
+    OUTPUT_WEIGHT,
+    PATIENCE,
+    FairQueue,
+    Standing,
+    service_of,
+)
 from serving.admission.in_flight import BUSY, LEAST_FACTOR, WINDOW, Capacity, InFlight
 
 
@@ -227,6 +235,40 @@ def test_a_reload_changes_weight_and_class_of_those_who_wait() -> None:
 
 
 # -- what is in flight
+
+
+@given(st.lists(st.tuples(st.sampled_from(["push", "next", "near", "leave", "end"]), st.integers(0, 39)), max_size=120))
+def test_parts_are_of_those_who_are_there_and_few_are_looked_at(steps: list[tuple[str, int]]) -> None:
+    weights = {f"t{i}": 1.0 + i % 3 for i in range(40)}
+    queue: FairQueue[Job] = FairQueue({t: Standing(w) for t, w in weights.items()})
+    waiting: list[Job] = []
+    running: list[Job] = []
+    for step, number in steps:
+        job = Job(f"t{number}", 10 + number, 5)
+        match step:
+            case "push":
+                # Several at a time, or nobody ever has company.
+                for i in range(number):
+                    waiting.append(Job(f"t{i}", 10, 5))
+                    queue.push(waiting[-1])
+            case "next" if (first := queue.next()) is not None:
+                queue.take(first)
+                waiting.remove(first)
+                running.append(first)
+            case "near" if (first := queue.next()) is not None:
+                near = list(queue.near(first))
+                assert len(near) <= NEAR
+                assert first.tenant not in {other.tenant for other in near}
+                counters = [queue.lane(other.tenant).counter for other in near]
+                assert counters == sorted(counters)
+            case "leave" if waiting:
+                queue.remove(waiting.pop(number % len(waiting)))
+            case "end" if running:
+                queue.done(running.pop(number % len(running)).tenant)
+        there = {other.tenant for other in waiting + running}
+        own = weights[job.tenant]
+        expected = own / max(own, sum(weights[tenant] for tenant in there))
+        assert abs(queue.fair_part(queue.lane(job.tenant)) - expected) < 1e-9
 
 
 def test_as_much_is_in_flight_as_the_engines_compute() -> None:
