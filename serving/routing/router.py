@@ -29,7 +29,7 @@ from serving.routing.seat import Seat
 
 ALL_LOOKED_AT: Final = 16
 HOLDERS_LOOKED_AT: Final = 4
-DRAWN: Final = 6
+DRAWN: Final = 4
 # An adapter that a replica does not hold is read, checked and moved while everybody on it waits: an assumption of the
 # order of what an engine needs for one of some ten megabytes.
 ADAPTER_LOAD_S: Final = 0.2
@@ -271,14 +271,13 @@ class Router:
         """Those that hold most of the prompt, some that hold its adapter, and some at random; no replica twice."""
         found: dict[int, Seat] = {}
         for _, replicas in held:
-            # Of many that hold the same, not always the same are looked at: from a random bit on.
-            many = replicas.bit_count() > HOLDERS_LOOKED_AT
-            shift = rng.randrange(replicas.bit_length()) if many else 0
-            turned = replicas >> shift
-            while turned and len(found) < HOLDERS_LOOKED_AT:
-                low = turned & -turned
-                turned ^= low
-                slot = low.bit_length() - 1 + shift
+            # Of many that hold the same, not always the same are looked at: from a random bit down.
+            left = replicas
+            if left.bit_count() > HOLDERS_LOOKED_AT:
+                left &= (2 << rng.randrange(left.bit_length())) - 1
+            while left and len(found) < HOLDERS_LOOKED_AT:
+                slot = left.bit_length() - 1
+                left ^= 1 << slot
                 seat = self._by_slot[slot]
                 if not exclude or seat.name not in exclude:
                     found[slot] = seat
