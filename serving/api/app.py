@@ -371,13 +371,17 @@ class Gateway:
         return await call.answer_json(200, self._explainer.explain(question))
 
     def _is_admins(self, call: Call) -> bool:
-        """Whether an administrator's key came along; any other key there changes nothing: headers refuse nobody."""
+        """Whether an administrator's key came along; any other key there is counted and changes nothing else: headers
+        refuse nobody.
+        """
         key = call.headers.get(ADMIN_HEADER)
         if key is None:
             return False
         try:
             self._door.admin({b"authorization": b"Bearer " + key}, call.scope)
-        except RequestError:
+        except RequestError as error:
+            if isinstance(error, DENIALS):
+                self._denials.note(error, call.request_id)
             return False
         return True
 

@@ -65,6 +65,19 @@ async def test_an_administrators_key_opens_nothing_of_a_tenants() -> None:
         assert PATHS  # there is something to reach
 
 
+async def test_guesses_at_an_administrators_key_are_counted_wherever_they_stand() -> None:
+    async with rig(FAST) as made:
+        with_admin(made)
+        for guess in ("sk-wrong", "nadia", OTHER["authorization"].removeprefix("Bearer ")):
+            answer = await made.http.post(COMPLETIONS, headers=AUTH | {"x-galerne-admin": guess}, json=CHAT)
+            assert answer.status_code == 200
+            assert "x-galerne-route" not in answer.headers
+        assert made.total("galerne_requests_denied_total", reason="unknown") == 2
+        assert made.total("galerne_requests_denied_total", tenant="other", reason="not_admin") == 1
+        told = await made.http.post(COMPLETIONS, headers=AUTH | {"x-galerne-admin": ADMIN}, json=CHAT)
+        assert "x-galerne-route" in told.headers
+
+
 # An engine takes the last of a key that stands twice, whatever spelling the first has.
 SALTS: list[bytes] = [
     b'{"cache_salt": "guess", %b}',
