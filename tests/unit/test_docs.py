@@ -44,7 +44,7 @@ def test_every_route_is_told_and_no_other() -> None:
 
 def test_every_refused_field_is_told() -> None:
     told = {name for row in rows("Fields that are refused") for name in re.findall(r"`([a-z_]+)`", row[0])}
-    assert told == {*bounds.REFUSED, *bounds._RESPONSES_REFUSED, "background", "store", "priority"}
+    assert told == {*bounds.REFUSED, *bounds._RESPONSES_REFUSED, "background", "store", "priority", "use_beam_search"}
 
 
 def test_every_limit_is_told_with_its_default() -> None:
