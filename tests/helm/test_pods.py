@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from deployments.app import bundles
+from serving.cli.lifecycle import fake_models
 from serving.config_file import parse
 from tests.helm.rendering import CHART, NAMESPACE, RELEASE, VALUES, galerne_config, helm, pods, ray_groups, template
 
@@ -177,6 +178,9 @@ def test_models_on_processors_go_where_their_engine_is() -> None:
     offered = yaml.safe_load(params["resources"].strip("'")) | {"CPU": int(params["num-cpus"])}
     assert bundle.keys() == offered.keys()
     assert all(bundle[resource] <= offered[resource] for resource in bundle)
+    # In place of an engine a simulated one runs wherever there is room.
+    for fake in fake_models(config).models:
+        assert bundles(fake, gpu=False)[0].keys() == {"CPU"}
 
 
 @pytest.mark.parametrize(
