@@ -118,8 +118,8 @@ REFUSED = (
     ),
     (
         "{config: {models: [{id: a, source: 'path:/m', parallel: {tensor: 8, pipeline: 2}}]}, "
-        "workerGroups: {processors: {gpus: 8, cpu: 8, max: 1}}}",
-        'model "a" is 16 workers (parallel), and at their max the workerGroups hold 8',
+        "workerGroups: {processors: {gpus: 8, cpu: 8, max: 2}}}",
+        'model "a" is 16 workers (parallel), and at their most the workerGroups hold 8',
     ),
     # The image for GPUs has no engine for processors, and Ray knows nothing of images.
     (

@@ -36,7 +36,7 @@ Argument: (list $ model) */}}
 {{- $held := divf (float64 $group.cpu) $cpus | floor | int64 -}}
 {{- if $onGpu -}}
 {{- $held = min $held (divf (float64 $group.gpus) $gpus | floor | int64) -}}
-{{- $held = mul $held ($group.max | int64) ($group.hosts | int64) -}}
+{{- $held = mul $held (ternary $group.max $group.min $values.autoscaler.enabled | int64) ($group.hosts | int64) -}}
 {{- else if lt $held $workers -}}
 {{- $held = 0 -}}
 {{- end -}}
@@ -60,7 +60,7 @@ Argument: (list $ model) */}}
 {{- if not $onGpu -}}
 {{- fail (printf "no workerGroup has the %v processors%s in a pod that model %q needs: raise cpu of a group" (mulf $workers $cpus) $of $model.id) -}}
 {{- else if $place -}}
-{{- fail (printf "model %q is %d workers (parallel), and at their max the workerGroups%s hold %d: raise gpus or cpu of a pod, hosts or max" $model.id $workers $of $place) -}}
+{{- fail (printf "model %q is %d workers (parallel), and at their most the workerGroups%s hold %d: raise gpus or cpu of a pod, hosts, or max (min without autoscaler.enabled)" $model.id $workers $of $place) -}}
 {{- else -}}
 {{- fail (printf "no workerGroup can hold model %q: it needs %v GPU(s)%s in a pod; add such a group, or set resources.accelerator: cpu" $model.id $gpus $of) -}}
 {{- end -}}
