@@ -104,8 +104,9 @@ def bundles(model: ModelConfig, *, gpu: bool) -> list[dict[str, float]]:
     bundle: dict[str, float] = {"CPU": resources.logical_cpus}
     if gpu:
         bundle["GPU"] = resources.gpus
-        if resources.accelerator_type:
-            bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
+    # On processors, too: pods of another group may have vLLM's build for GPUs. A simulated engine runs anywhere.
+    if resources.accelerator_type and not model.is_fake:
+        bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
     return [dict(bundle) for _ in range(model.parallel.workers)]
 
 

@@ -20,6 +20,8 @@ from loadtest.self_check import self_check
 from loadtest.sender import LoopSettings, Tally
 from loadtest.workers import RunOutcome, RunSettings, run
 
+READY_POLL_S = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
@@ -42,6 +44,8 @@ class SessionSettings:
     prometheus: str | None = None
     # The engines are simulated even where the server does not say so.
     simulated: bool = False
+    # How long a server that starts, and models that load, are waited for. 0: not at all.
+    wait_ready_s: float = 0.0
 
 
 def run_scenario(
@@ -55,8 +59,7 @@ def run_scenario(
     serve or a key that it does not admit: before anything is sent. What goes wrong later is in the records.
     """
     targets = {tenant: _target(wanted, tenant, settings.url) for tenant in sorted(wanted.tenants)}
-    models = {tenant: server.models(target) for tenant, target in targets.items()}
-    _check_models(wanted, models)
+    models = _models(wanted, targets, settings.wait_ready_s)
     stretched = wanted.model_copy(
         update={"duration_s": wanted.duration_s * settings.speed, "warm_up_s": wanted.warm_up_s * settings.speed}
     )
@@ -107,6 +110,27 @@ def slo_of(slo: Slo) -> tuple[SloTarget, ...]:
 
 def _target(wanted: Scenario, tenant: str, url: str) -> Target:
     return target_at(tenant, url, key=wanted.key_of(tenant))
+
+
+def _models(wanted: Scenario, targets: dict[str, Target], wait_s: float) -> dict[str, dict[str, server.Model]]:
+    """What the server has for each tenant; asked again where that may change within `wait_s`."""
+    until_s = time.monotonic() + wait_s
+    while True:
+        try:
+            found = {tenant: server.models(target) for tenant, target in targets.items()}
+        except server.NotYet as problem:
+            if not wait_s:
+                raise
+            missing = str(problem)
+        else:
+            _check_models(wanted, found)
+            starting = sorted({s.model for s in wanted.streams if not found[s.tenant][s.model].ready})
+            if not starting or not wait_s:
+                return found
+            missing = f"no replica yet of {', '.join(starting)}"
+        if time.monotonic() >= until_s:
+            raise LoadtestError(f"not ready within {wait_s:g} s: {missing}")
+        time.sleep(min(READY_POLL_S, wait_s))
 
 
 def _check_models(wanted: Scenario, found: dict[str, dict[str, server.Model]]) -> None:

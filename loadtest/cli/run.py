@@ -29,6 +29,9 @@ def run(
     timeout_s: Annotated[float, typer.Option(min=0.1, help="bound on one request")] = 600.0,
     drain_s: Annotated[float, typer.Option(min=0, help="bound on the wait after the last request's time")] = 120.0,
     max_connections: Annotated[int, typer.Option(min=1, help="bound on connections of each tenant")] = 5000,
+    wait_ready_s: Annotated[
+        float, typer.Option(min=0, help="wait so long for a server that starts and models that load")
+    ] = 0.0,
     prometheus: Annotated[str | None, typer.Option(help="a Prometheus to read replicas over time from")] = None,
     simulated: Annotated[bool, typer.Option(help="label the run as simulated, whatever the server says")] = False,
     out: Annotated[Path | None, typer.Option(help="folder of the report; default build/loadtest/NAME-TIME")] = None,
@@ -51,6 +54,7 @@ def run(
         max_connections=max_connections,
         prometheus=prometheus,
         simulated=simulated,
+        wait_ready_s=wait_ready_s,
     )
     with progress.shown(console, planned.name, planned.total_s) as on_progress:
         ran = run_scenario(planned, settings, on_progress)

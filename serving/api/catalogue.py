@@ -47,7 +47,7 @@ class Catalogue:
         return {"object": "list", "data": [self.card(m) for m in self.allowed(identity)]}
 
     def card(self, name: str) -> dict[str, Any]:
-        """One model or adapter in OpenAI's shape; `ready_replicas` is Galerne's addition, `parent` is vLLM's."""
+        """One model or adapter in OpenAI's shape; `…_replicas` are Galerne's addition, `parent` is vLLM's."""
         model = self._named[name]
         adapter = {} if name == model.id else {"parent": model.id}
         return {
@@ -58,6 +58,8 @@ class Catalogue:
             "task": model.task,
             "simulated": model.is_fake,
             "ready_replicas": self._replicas.ready(model.id),
+            # 0: it may sleep, and having none ready is no sign that it starts.
+            "min_replicas": model.replicas.min,
             **adapter,
         }
 

@@ -190,6 +190,10 @@ def status(
 @app.command()
 def rollout(
     image: Annotated[str | None, typer.Option(help="The new version's image.")] = None,
+    group_image: Annotated[
+        list[str] | None,
+        typer.Option(help="GROUP=IMAGE: the new one of a worker group that has its own. Repeatable."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="The new version's configuration file.")] = None,
     config_from: Annotated[
         str | None, typer.Option(help="A Secret (or ConfigMap) of yours with it, in place of --config.")
@@ -230,7 +234,7 @@ def rollout(
         start_s=start_s,
         give_up_s=give_up_s,
     )
-    wanted = steps.Wanted(image, config, config_from, revision)
+    wanted = steps.Wanted(image, config, config_from, revision, tuple(group_image or ()))
     with ExitStack() as stack:
         to = stack.enter_context(_connected(kubeconfig, context, namespace))
         run = stack.enter_context(closing(steps.Run(to, service, prometheus, tuple(model or ()), _progress())))
@@ -340,6 +344,9 @@ def permissions(
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the roles.")] = "galerne-operator",
     namespace: Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the release.")] = "galerne",
+    monitoring: Annotated[
+        str, typer.Option("--monitoring-namespace", help="Namespace of Prometheus, for --prometheus service:…")
+    ] = "monitoring",
 ) -> None:
     """Print the roles that commands need, and no more, as YAML."""
     from serving.cluster.kubernetes.permissions import COMMANDS, roles
@@ -347,4 +354,4 @@ def permissions(
     chosen = command or list(COMMANDS)
     if unknown := sorted(set(chosen) - set(COMMANDS)):
         raise typer.BadParameter(f"no command {', '.join(unknown)}; there are {', '.join(COMMANDS)}")
-    sys.stdout.write(yaml.safe_dump_all(roles(chosen, name, namespace), sort_keys=False))
+    sys.stdout.write(yaml.safe_dump_all(roles(chosen, name, namespace, monitoring), sort_keys=False))

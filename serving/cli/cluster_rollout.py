@@ -36,6 +36,8 @@ class Wanted:
     config: Path | None = None
     config_from: str | None = None
     revision: str | None = None
+    # GROUP=IMAGE, of groups that have an image of their own.
+    group_images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +175,18 @@ def _changes(service: Document, wanted: Wanted, namespace: str) -> tuple[tuple[C
             )
         changes += versions.config_changes(service, wanted.config_from, revision)
     if wanted.image:
-        changes += versions.image_changes(service, wanted.image)
+        changes += versions.image_changes(service, wanted.image, dict(map(_group_image, wanted.group_images)))
         revision = revision or wanted.image
+    elif wanted.group_images:
+        raise ClusterError("--group-image is for a rollout with --image: every group gets the new version")
     return tuple(changes), secret, revision
+
+
+def _group_image(text: str) -> tuple[str, str]:
+    group, equals, image = text.partition("=")
+    if not (group and equals and image):
+        raise ClusterError(f"--group-image {text}: must be GROUP=IMAGE")
+    return group, image
 
 
 def _checked(path: Path) -> str:
@@ -183,4 +194,8 @@ def _checked(path: Path) -> str:
     loaded = load(path)
     if loaded.listen.loopback:
         raise ConfigError((f"{path}: listen.host: {loaded.listen.host} is a pod's own; in a cluster it is 0.0.0.0",))
+    auto = [m.id for m in loaded.models if not m.is_fake and m.resources.accelerator == "auto"]
+    if auto:
+        why = "says auto, which asks a cluster that starts, and it has no GPU yet; say gpu or cpu"
+        raise ConfigError(tuple(f"{path}: models[{model}].resources.accelerator: {why}" for model in auto))
     return path.read_text(encoding="utf-8")

@@ -75,7 +75,8 @@ class ResourcesConfig(Frozen):
     cpus: Annotated[float, Field(gt=0)] | None = None
     # A fraction shares one GPU between replicas.
     gpus: Annotated[float, Field(gt=0)] = 1.0
-    # Ray's accelerator type, e.g. "H100", "A100", "L4": the worker group that must hold it.
+    # Ray's accelerator type, e.g. "H100", "A100", "L4": the worker group that must hold it. On processors, whatever
+    # name the group has.
     accelerator_type: str | None = None
     # Size of the KV cache of a CPU engine, GiB.
     cpu_kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0

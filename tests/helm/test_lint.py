@@ -100,7 +100,10 @@ REFUSED = (
         "{weights: {volume: {persistentVolumeClaim: {claimName: a}}, prepare: {enabled: true}}}",
         "weights.prepare.enabled fetches hf: sources, and no model",
     ),
-    ("config: {models: [{id: a, source: 'hf:a/b', resources: {accelerator: cpu}}]}", "a model has an hf: source"),
+    (
+        "{image: {build: cpu}, config: {models: [{id: a, source: 'hf:a/b', resources: {accelerator: cpu}}]}}",
+        "a model has an hf: source",
+    ),
     ("loadtest: {enabled: true}", "loadtest.keysSecret is empty"),
     ("config: {models: [{id: a, source: 'path:/m'}]}", 'no workerGroup can hold model "a": it needs 1 GPU(s) in a pod'),
     (
@@ -109,6 +112,38 @@ REFUSED = (
         "it needs 1 GPU(s) of type H100 in a pod",
     ),
     ("config: {models: [{id: a, source: 'fake:a', resources: {cpus: 64}}]}", "no workerGroup has the 64 processors"),
+    (
+        "{config: {models: [{id: a, source: 'fake:a', parallel: {tensor: 4}}]}, workerGroups: {processors: {cpu: 3}}}",
+        "no workerGroup has the 4 processors",
+    ),
+    (
+        "{config: {models: [{id: a, source: 'path:/m', parallel: {tensor: 8, pipeline: 2}}]}, "
+        "workerGroups: {processors: {gpus: 8, cpu: 8, max: 2}}}",
+        'model "a" is 16 workers (parallel), and at their most the workerGroups hold 8',
+    ),
+    # The image for GPUs has no engine for processors, and Ray knows nothing of images.
+    (
+        "config: {models: [{id: a, source: 'path:/m', resources: {accelerator: cpu}}]}",
+        'model "a" runs on processors, and workerGroups.processors, which could take it, has the image for GPUs',
+    ),
+    (
+        "{config: {models: [{id: a, source: 'path:/m', resources: {accelerator: cpu}}]}, "
+        "workerGroups: {processors: {image: {build: cpu, tag: 1-cpu}}, large: {gpus: 1, min: 1}}}",
+        'model "a" runs on processors, and workerGroups.large, which could take it, has the image for GPUs',
+    ),
+    (
+        "{config: {models: [{id: a, source: 'path:/m'}]}, image: {build: cpu}, workerGroups: {processors: {gpus: 1}}}",
+        'model "a" runs on GPUs, and workerGroups.processors, which could take it, has the image for processors',
+    ),
+    ("workerGroups: {processors: {image: {build: cpu}}}", "workerGroups.processors.image.build is cpu"),
+    ("workerGroups: {processors: {image: {tag: latest}}}", 'the tag "latest" of image'),
+    ("image: {build: cuda}", "value must be one of"),
+    ("drainSeconds: 10", "drainSeconds (10) is below the longest drain_timeout_s of config.models (20)"),
+    ("drainSeconds: 0", "minimum: got 0, want 1"),
+    (
+        "config: {gateway: {replicas: {max: 16}}}",
+        "gateway.maxConnections (65536) is below 131072, twice what 16 gateways accept",
+    ),
 )
 
 

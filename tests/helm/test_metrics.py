@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from serving.cli.state import ClusterState, EngineState, GatewayState
 from serving.metrics.prometheus import rule_file
 from serving.metrics.rules import SCRAPE_S
-from tests.helm.rendering import CHART, HELMS, NAMESPACE, RELEASE, helm, of_kind, pods, template
+from tests.helm.rendering import CHART, HELMS, NAMESPACE, RELEASE, VALUES, galerne_config, helm, of_kind, pods, template
 
 EVERYTHING = "ci/02-everything-values.yaml"
 NOBODY = "http://127.0.0.1:18499"
@@ -55,6 +56,15 @@ def test_every_job_of_one_machine_is_scraped_under_its_name() -> None:
         named = {port["name"]: port["containerPort"] for port in pod.containers[0]["ports"]}
         scraped[relabeled["replacement"]] = named[endpoint["port"]]
     assert scraped == ports
+
+
+@pytest.mark.parametrize("values", [values for values in VALUES if values.startswith("values-")])
+def test_the_prometheus_that_the_guides_install_chooses_what_the_examples_make(values: str) -> None:
+    # kube-prometheus-stack takes objects of its own release unless it is told otherwise: nothing else is scraped.
+    made = [thing for kind in ("PodMonitor", "ScrapeConfig", "PrometheusRule") for thing in of_kind(values, kind)]
+    for thing in made:
+        assert thing["metadata"]["labels"].get("release") == "prometheus", thing["metadata"]["name"]
+    assert bool(made) is ("prometheus" in galerne_config(values))
 
 
 def test_every_dashboard_becomes_a_config_map_as_it_stands(tmp_path: Path) -> None:
@@ -100,6 +110,10 @@ def test_the_load_test_is_called_as_it_is_written(tmp_path: Path) -> None:
     (tmp_path / "scenario.yaml").write_text(found["data"]["scenario.yaml"])
     here = {"/etc/loadtest/scenario.yaml": str(tmp_path / "scenario.yaml"), "http://trial-galerne:8000": NOBODY}
     args = [here.get(word, word).replace("/report", str(tmp_path)) for word in command[1:]]
+    # At an installation it is there before the gateways are, and it is not started a second time.
+    waits = args.index("--wait-ready-s") + 1
+    assert int(args[waits]) >= 3600
+    args[waits] = "0"
     env = os.environ | {"FIRST_TENANT_KEY": "sk-test", "COLUMNS": "200"}
     done = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1, done.stdout + done.stderr

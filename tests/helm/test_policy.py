@@ -90,10 +90,10 @@ def selecting(values: str, labels: dict[str, str]) -> list[dict[str, Any]]:
 
 def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     """As Kubernetes reads a label selector; only what the chart uses."""
+    expressions = selector.get("matchExpressions", [])
+    assert {part["operator"] for part in expressions} <= {"In", "NotIn"}
     return selector.get("matchLabels", {}).items() <= labels.items() and all(
-        labels.get(part["key"]) in part["values"]
-        for part in selector.get("matchExpressions", [])
-        if part["operator"] == "In"
+        (labels.get(part["key"]) in part["values"]) is (part["operator"] == "In") for part in expressions
     )
 
 
@@ -149,6 +149,66 @@ WAYS = (
 def test_who_may_reach_whom(who: str, whom: str, port: int, may: bool) -> None:
     labels = {pod.metadata["labels"]["app.kubernetes.io/component"]: pod.metadata["labels"] for pod in pods(EVERYTHING)}
     assert may_reach(EVERYTHING, labels[who], labels[whom], port) is may
+
+
+def resolves(values: str, labels: dict[str, str]) -> bool:
+    """Whether a pod's way to the cluster's DNS is open."""
+    return any(
+        port["port"] == 53
+        for spec in selecting(values, labels)
+        for rule in spec.get("egress", [])
+        for port in rule["ports"]
+    )
+
+
+def test_the_pod_that_shows_isolation_has_no_dns() -> None:
+    # The cluster's DNS asks the outside, so that a name resolves wherever it is open. Others cannot do without.
+    found = {p.metadata["labels"]["app.kubernetes.io/component"]: p.metadata["labels"] for p in pods(EVERYTHING)}
+    assert {who for who, labels in found.items() if not resolves(EVERYTHING, labels)} == {"verify"}
+    assert found.keys() > {"verify", "head", "gateway", "engine", "loadtest", "prepare"}
+
+
+ADDRESSES = {"tcp://10.0.3.9:8000": "http://10.0.3.9:8000", "tcp://[fd00::9]:8000": "http://[fd00::9]:8000"}
+
+
+@pytest.mark.parametrize(("variable", "url"), ADDRESSES.items())
+def test_the_pod_that_shows_isolation_finds_the_gateways_without_dns(variable: str, url: str, tmp_path: Path) -> None:
+    (pod,) = of_kind(EVERYTHING, "Pod")
+    assert pod["spec"]["enableServiceLinks"] is True
+    (container,) = pod["spec"]["containers"]
+    shell, option, script, *rest = container["command"]
+    (tmp_path / "galerne").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "galerne").chmod(0o755)
+    script = script.replace("/opt/galerne/bin", str(tmp_path))
+
+    def run(**env: str) -> subprocess.CompletedProcess[str]:
+        command = [shell, option, script, *rest]
+        return subprocess.run(command, env={"PATH": "/usr/bin:/bin"} | env, capture_output=True, text=True, check=False)
+
+    # As the kubelet names it, after the Service that clients use.
+    service = next(s for s in of_kind(EVERYTHING, "Service") if s["metadata"]["name"] == "trial-galerne")
+    assert service["spec"]["ports"][0]["port"] == 8000
+    done = run(TRIAL_GALERNE_PORT=variable)
+    assert done.stdout.split() == ["verify", "--url", url, "--key-env", "GALERNE_TEST_KEY", "--isolated", "--json"]
+    refused = run()
+    assert refused.returncode != 0
+    assert "the Service trial-galerne was not there" in refused.stderr
+
+
+@pytest.mark.parametrize("who", ["head", "gateway"])
+def test_who_asks_prometheus_may_reach_it(who: str) -> None:
+    labels = {p.metadata["labels"]["app.kubernetes.io/component"]: p.metadata["labels"] for p in pods(EVERYTHING)}
+
+    def asks(component: str) -> bool:
+        return any(
+            {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}} in rule["to"]
+            and {"port": 9090, "protocol": "TCP"} in rule["ports"]
+            for spec in selecting(EVERYTHING, labels[component])
+            for rule in spec.get("egress", [])
+        )
+
+    assert asks(who)
+    assert not asks("engine")
 
 
 def test_ways_that_are_gateways_alone() -> None:
@@ -258,6 +318,8 @@ def test_pods_get_their_drain(values: str) -> None:
         command = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         assert command[1:3] == ["-m", "serving.cluster.node_drain"]
         assert int(longest) + 10 <= int(command[3]) < spec["terminationGracePeriodSeconds"]
+        env = {e["name"]: e.get("value") for e in spec["containers"][0]["env"]}
+        assert int(longest) <= int(env["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) < int(command[3])
     assert rayservice(values)["spec"]["rayClusterDeletionDelaySeconds"] >= int(longest)
 
 

@@ -180,6 +180,7 @@ WAYS = {
     ("gateway", "valkey", 6379),
     ("gateway", "postgres", 5432),
     ("head", "prometheus", 9090),
+    ("gateway", "prometheus", 9090),
     ("prometheus", "head", 9390),
     ("prometheus", "gateway", 9400),
     ("prometheus", "gateway", 9101),

@@ -168,6 +168,65 @@ def test_a_server_that_is_not_there_is_named() -> None:
         run_scenario(tiny(), SessionSettings(url=url))
 
 
+class Starting(OpenAI):
+    """Says in turn what a cluster says while it starts, then answers; a model that loads has no replica yet."""
+
+    lists: list[dict[str, Any] | int]
+
+    def do_GET(self) -> None:
+        said = self.lists.pop(0) if len(self.lists) > 1 else self.lists[0]
+        if isinstance(said, int):
+            return self._answer(said, {"error": {"message": "not now"}})
+        return self._answer(200, {"data": [{"id": "m", "simulated": True} | said]})
+
+
+@contextmanager
+def starting(*lists: dict[str, Any] | int) -> Iterator[str]:
+    """A server that says so; it refuses connections for half a second first."""
+    handler = type("Handler", (Starting,), {"bodies": [], "lists": list(lists)})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler, bind_and_activate=False)
+    server.server_bind()
+    timer = threading.Timer(0.5, lambda: (server.server_activate(), server.serve_forever()))
+    timer.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        timer.join(0.6)
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadtest.session.READY_POLL_S", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_starts_is_waited_for() -> None:
+    said = (503, 404, {"ready_replicas": 0, "min_replicas": 1}, {"ready_replicas": 1, "min_replicas": 1})
+    with starting(*said) as url:
+        run = run_scenario(tiny(), SessionSettings(url=url, wait_ready_s=30.0))
+    assert {record.outcome for record in run.records} == {Outcome.COMPLETED}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_model_that_sleeps_is_not_waited_for() -> None:
+    with starting({"ready_replicas": 0, "min_replicas": 0}) as url:
+        assert run_scenario(tiny(), SessionSettings(url=url, wait_ready_s=30.0)).records
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_wait_for_a_server_has_an_end_and_none_for_a_refusal() -> None:
+    loads = {"ready_replicas": 0, "min_replicas": 1}
+    with starting(loads) as url, pytest.raises(LoadtestError, match=r"not ready within 1 s: no replica yet of m"):
+        run_scenario(tiny(), SessionSettings(url=url, wait_ready_s=1.0))
+    with starting(401) as url, pytest.raises(LoadtestError, match="HTTP 401 for tenant one"):
+        run_scenario(tiny(), SessionSettings(url=url, wait_ready_s=30.0))
+    # Without a wait a model that loads is measured as it is: that is what was asked for.
+    with serving() as (url, _):
+        assert run_scenario(tiny(), SessionSettings(url=url)).records
+
+
 def test_a_prometheus_without_samples_costs_the_plot_not_the_run() -> None:
     with serving() as (url, _):
         run = run_scenario(tiny(duration_s=0.1), SessionSettings(url=url, prometheus=url))

@@ -12,6 +12,11 @@
 {{- $_ := set $config "listen" (dict "host" "0.0.0.0" "port" 8000 "trusted_proxies" .Values.gateway.trustedProxies) -}}
 {{- if .Values.tenants.externalSecret.enabled -}}{{- $config = omit $config "tenants" -}}{{- end -}}
 {{- if .Values.tenants.fileSecret -}}{{- $_ := set $config "tenants_file" (include "galerne.tenantsPath" .) -}}{{- end -}}
+{{- $gateways := include "galerne.gateways" . | fromJson -}}
+{{- if not (dig "gateway" "replicas" "" $config) -}}
+{{- $_ := set $config "gateway" (merge (dict "replicas" ($gateways.min | int64)) ($config.gateway | default dict)) -}}
+{{- end -}}
+{{- include "galerne.resolveAccelerators" $config -}}
 {{- include "galerne.follow" (list . $config) -}}
 {{- toYaml $config -}}
 {{- end }}
@@ -33,9 +38,10 @@ and administrators are no part of it: gateways take them from the file while the
 {{ include "galerne.config" . }}
 {{- end }}
 
-{{/* Least and most gateways, as {"min": …, "max": …}. */}}
+{{/* Least and most gateways, as {"min": …, "max": …}. Two where nothing is said: at a change of the configuration Serve ends
+a gateway before it starts its successor, and a pod holds one. */}}
 {{- define "galerne.gateways" -}}
-{{- $replicas := dig "gateway" "replicas" 1 .Values.config -}}
+{{- $replicas := dig "gateway" "replicas" 2 .Values.config -}}
 {{- if kindIs "map" $replicas -}}
 {{- dict "min" (dig "min" 1 $replicas) "max" $replicas.max | toJson -}}
 {{- else -}}
@@ -49,7 +55,7 @@ and administrators are no part of it: gateways take them from the file while the
 {{- end }}
 
 {{/* The longest drain of a model, seconds. */}}
-{{- define "galerne.drainSeconds" -}}
+{{- define "galerne.longestDrain" -}}
 {{- $longest := 0 -}}
 {{- range .Values.config.models -}}
 {{- $longest = max $longest (dig "drain_timeout_s" 600 .) -}}
@@ -59,7 +65,7 @@ and administrators are no part of it: gateways take them from the file while the
 
 {{/* What a pod may take to end: the drain, Serve's margin, and the rest of the shutdown. */}}
 {{- define "galerne.graceSeconds" -}}
-{{- add (include "galerne.drainSeconds" . | int64) 60 -}}
+{{- add (.Values.drainSeconds | int64) 60 -}}
 {{- end }}
 
 {{/* Refuses what would only fail on the cluster, and says what to set. */}}
@@ -96,6 +102,11 @@ and administrators are no part of it: gateways take them from the file while the
 {{- fail (printf "workerGroups.%s: this name is the chart's own, choose another" $name) -}}
 {{- end -}}
 {{- $group := mergeOverwrite (deepCopy $values.workerGroupDefaults) (deepCopy ($group | default dict)) -}}
+{{- with $group.image -}}
+{{- if and .build (ne .build $values.image.build) (not (or .repository .tag .digest)) -}}
+{{- fail (printf "workerGroups.%s.image.build is %s and its image is the one of image, whose build is %s: set image.tag of the group" $name .build $values.image.build) -}}
+{{- end -}}
+{{- end -}}
 {{- if lt ($group.max | int64) ($group.min | int64) -}}
 {{- fail (printf "workerGroups.%s: max (%d) is below min (%d)" $name ($group.max | int64) ($group.min | int64)) -}}
 {{- end -}}
@@ -105,6 +116,14 @@ and administrators are no part of it: gateways take them from the file while the
 {{- end -}}
 {{- range $model := $values.config.models -}}
 {{- include "galerne.placeable" (list $ $model) -}}
+{{- end -}}
+{{- if gt (include "galerne.longestDrain" . | float64) (float64 $values.drainSeconds) -}}
+{{- fail (printf "drainSeconds (%d) is below the longest drain_timeout_s of config.models (%s): pods would end before their streams; raise it (which replaces pods: upgrade.strategy)" ($values.drainSeconds | int64) (include "galerne.longestDrain" .)) -}}
+{{- end -}}
+{{- $gateways := include "galerne.gateways" . | fromJson -}}
+{{- $connections := mul 2 ($gateways.max | int64) (dig "gateway" "max_ongoing_requests" 4096 $values.config | int64) -}}
+{{- if gt (min 200000 $connections) ($values.gateway.maxConnections | int64) -}}
+{{- fail (printf "gateway.maxConnections (%d) is below %d, twice what %d gateways accept (config.gateway.max_ongoing_requests each): raise it (which replaces pods: upgrade.strategy)" ($values.gateway.maxConnections | int64) (min 200000 $connections) ($gateways.max | int64)) -}}
 {{- end -}}
 {{- if and $values.networkPolicy.enabled $values.autoscaler.enabled (not $values.networkPolicy.apiServer) -}}
 {{- fail "networkPolicy.apiServer is empty, and the autoscaler could not reach the API server: set it to its addresses as CIDRs (kubectl get endpointslice -n default kubernetes)" -}}
@@ -162,32 +181,5 @@ and administrators are no part of it: gateways take them from the file while the
 {{- include "galerne.validateKeda" . -}}
 {{- if and $values.loadtest.enabled (not $values.loadtest.keysSecret) -}}
 {{- fail "loadtest.keysSecret is empty: name a Secret whose keys are the variables that the scenario's keys name" -}}
-{{- end -}}
-{{- end }}
-
-{{/* Refuses a model that no group can hold. Argument: (list $ model) */}}
-{{- define "galerne.placeable" -}}
-{{- $values := (index . 0).Values -}}
-{{- $model := index . 1 -}}
-{{- $needs := dig "resources" dict $model -}}
-{{- $onGpu := and (not (hasPrefix "fake:" $model.source)) (ne (dig "accelerator" "auto" $needs) "cpu") -}}
-{{- $type := dig "accelerator_type" "" $needs -}}
-{{- $fits := false -}}
-{{- range $name, $group := $values.workerGroups -}}
-{{- $group := mergeOverwrite (deepCopy $values.workerGroupDefaults) (deepCopy ($group | default dict)) -}}
-{{- if $onGpu -}}
-{{- if and (ge (float64 $group.gpus) (float64 (dig "gpus" 1.0 $needs))) (or (not $type) (eq $type $group.acceleratorType)) -}}
-{{- $fits = true -}}
-{{- end -}}
-{{- else if and (ge (float64 $group.cpu) (float64 (dig "cpus" 1.0 $needs))) -}}
-{{- $fits = true -}}
-{{- end -}}
-{{- end -}}
-{{- if not $fits -}}
-{{- if $onGpu -}}
-{{- fail (printf "no workerGroup can hold model %q: it needs %v GPU(s)%s in a pod; add such a group, or set resources.accelerator: cpu" $model.id (dig "gpus" 1.0 $needs) (ternary (printf " of type %s" $type) "" (ne $type ""))) -}}
-{{- else -}}
-{{- fail (printf "no workerGroup has the %v processors in a pod that model %q needs: raise cpu of a group" (dig "cpus" 1.0 $needs) $model.id) -}}
-{{- end -}}
 {{- end -}}
 {{- end }}

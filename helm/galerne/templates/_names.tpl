@@ -14,7 +14,8 @@
 {{- end -}}
 {{- end }}
 
-{{/* Labels that never change: selectors use them. Argument: (list $ component) */}}
+{{/* Labels that never change: selectors use them, and pods have no others, because another label is another pod: with a
+chart's version among them every release of the chart would replace a whole cluster. Argument: (list $ component) */}}
 {{- define "galerne.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ include "galerne.name" $root }}
@@ -36,6 +37,19 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- define "galerne.image" -}}
 {{- $tag := .Values.image.tag | default .Chart.AppVersion -}}
 {{- include "galerne.reference" (list .Values.image.repository $tag .Values.image.digest) -}}
+{{- end }}
+
+{{/* A group's image: its own, or the product's with what it says in place of it; a digest names one image only.
+Argument: (list $ group) */}}
+{{- define "galerne.groupImage" -}}
+{{- $root := index . 0 -}}
+{{- $own := (index . 1).image -}}
+{{- if or $own.repository $own.tag $own.digest -}}
+{{- $tag := $own.tag | default $root.Values.image.tag | default $root.Chart.AppVersion -}}
+{{- include "galerne.reference" (list ($own.repository | default $root.Values.image.repository) $tag $own.digest) -}}
+{{- else -}}
+{{- include "galerne.image" $root -}}
+{{- end -}}
 {{- end }}
 
 {{/* An image's reference. Argument: (list repository tag digest) */}}

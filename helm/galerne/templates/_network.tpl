@@ -50,7 +50,9 @@ Argument: (list $ namespace labels) */}}
 {{- end }}
 
 {{/* What Ray's pods ask of one another: control (6379 on the head), raylets and object store, agents, workers, Serve's
-gateways behind HAProxy, and what binds a free port: Serve's handles, engines, NCCL. Not 8265, 10001, 9101, 9390. */}}
+gateways behind HAProxy, and what binds a free port: Serve's handles, engines, NCCL. Not 8265, 10001, 9101, 9390. Nor 8500,
+Serve's own proxy on the head, which HAProxy would ask where no gateway is up: it would carry every stream through the pod
+that holds the control store. HAProxy marks it as down, and answers 503 itself. */}}
 {{- define "galerne.rayPeerPorts" -}}
 - {port: 6379, endPort: 6383, protocol: TCP}
 - {port: 10002, endPort: 19999, protocol: TCP}

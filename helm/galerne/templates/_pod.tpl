@@ -4,12 +4,11 @@
 {{- define "galerne.rayVersion" -}}2.60.0{{- end }}
 
 {{/* The variables that `galerne serve` sets on one machine. tests/helm/test_environment.py holds both against each
-other. Argument: (dict "root" $ "cpu" processors-of-the-pod) */}}
+other. Nothing here follows what `config` says of models and gateways: another value is another pod, and KubeRay makes a second
+cluster for it. Argument: (dict "root" $ "cpu" processors-of-the-pod "gpus" GPUs-of-the-pod) */}}
 {{- define "galerne.environment" -}}
 {{- $root := .root -}}
 {{- $limits := dig "limits" dict $root.Values.config -}}
-{{- $gateways := include "galerne.gateways" $root | fromJson -}}
-{{- $accepted := mul ($gateways.max | int64) (dig "gateway" "max_ongoing_requests" 4096 $root.Values.config | int64) -}}
 {{- /* No process of the cluster reports to anybody, and engines never go out. */}}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: VLLM_NO_USAGE_STATS, value: "1"}
@@ -22,7 +21,7 @@ other. Argument: (dict "root" $ "cpu" processors-of-the-pod) */}}
 - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
 - {name: RAY_SERVE_THROUGHPUT_OPTIMIZED, value: "1"}
 - {name: RAY_SERVE_HAPROXY_NBTHREAD, value: {{ min 4 (max 1 (div (.cpu | int64) 2)) | quote }}}
-- {name: RAY_SERVE_HAPROXY_MAXCONN, value: {{ min 200000 (max 4096 (mul 2 $accepted)) | quote }}}
+- {name: RAY_SERVE_HAPROXY_MAXCONN, value: {{ $root.Values.gateway.maxConnections | int64 | quote }}}
 - {name: RAY_SERVE_HAPROXY_BINARY_PATH, value: {{ include "galerne.bin" $root }}/galerne-haproxy}
 - {name: RAY_SERVE_HAPROXY_CONFIG_FILE_LOC, value: /run/galerne/h/haproxy.cfg}
 - {name: RAY_SERVE_HAPROXY_SOCKET_PATH, value: /run/galerne/h/admin.sock}
@@ -30,7 +29,7 @@ other. Argument: (dict "root" $ "cpu" processors-of-the-pod) */}}
 - {name: RAY_SERVE_HAPROXY_SERVER_STATE_BASE, value: /run/galerne/h}
 - {name: RAY_SERVE_HAPROXY_SERVER_STATE_FILE, value: /run/galerne/h/server-state}
 - {name: RAY_SERVE_HAPROXY_METRICS_PORT, value: "9101"}
-- {name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, value: {{ include "galerne.drainSeconds" $root | quote }}}
+- {name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, value: {{ $root.Values.drainSeconds | int64 | quote }}}
 - {name: RAY_SERVE_FALLBACK_PROXY_HTTP_PORT, value: "8500"}
 - {name: GALERNE_HAPROXY_HOST, value: "0.0.0.0"}
 - {name: GALERNE_HAPROXY_HEADER_BYTES, value: {{ dig "header_bytes" 8192 $limits | int64 | quote }}}
@@ -44,6 +43,9 @@ other. Argument: (dict "root" $ "cpu" processors-of-the-pod) */}}
 {{- /* Idle workers that wait for tasks: here every worker is an actor of its own. */}}
 - {name: RAY_prestart_worker_first_driver, value: "0"}
 - {name: RAY_enable_worker_prestart, value: "0"}
+{{- if not .gpus }}
+{{ include "galerne.noGpus" $root }}
+{{- end }}
 {{- /* The pods' own: what guards the engines' ports, the address workers of one engine meet at, places to write. */}}
 - name: GALERNE_ENGINE_TOKEN
   valueFrom: {secretKeyRef: {name: {{ include "galerne.tokensSecret" $root }}, key: engine_token}}
@@ -55,6 +57,11 @@ other. Argument: (dict "root" $ "cpu" processors-of-the-pod) */}}
 {{- end }}
 - {name: HOME, value: /var/lib/galerne}
 - {name: VLLM_CACHE_ROOT, value: /var/lib/galerne/vllm}
+{{- end }}
+
+{{/* Where NVIDIA's runtime is the nodes' default, a pod that asks for no GPU would see all of them: the image says `all`. */}}
+{{- define "galerne.noGpus" -}}
+- {name: NVIDIA_VISIBLE_DEVICES, value: void}
 {{- end }}
 
 {{/* Where the image has the product's programs. */}}
@@ -72,22 +79,24 @@ min-worker-port: "10002"
 max-worker-port: "19999"
 {{- end }}
 
-{{/* Argument: $ */}}
+{{/* Weights are for engines: gateways and the head read none, and a volume may be on the engines' nodes alone.
+Argument: (list $ whether-with-weights) */}}
 {{- define "galerne.mounts" -}}
+{{- $root := index . 0 -}}
 - {name: config, mountPath: /etc/galerne, readOnly: true}
-{{- if .Values.tenants.fileSecret }}
-- {name: tenants, mountPath: {{ dir (include "galerne.tenantsPath" .) }}, readOnly: true}
+{{- if $root.Values.tenants.fileSecret }}
+- {name: tenants, mountPath: {{ dir (include "galerne.tenantsPath" $root) }}, readOnly: true}
 {{- end }}
 - {name: tmp, mountPath: /tmp}
 - {name: home, mountPath: /var/lib/galerne}
 - {name: haproxy, mountPath: /run/galerne/h}
-{{- if .Values.weights.volume }}
+{{- if and (index . 1) $root.Values.weights.volume }}
 - {name: weights, mountPath: /models, readOnly: true}
 {{- end }}
 {{- end }}
 
 {{/* Ray's sessions and sockets are below /tmp; caches, what vLLM compiles among them, in the home that the image names.
-Every directory that is written to belongs to one pod and goes with it. Argument: (list $ scratch) */}}
+Every directory that is written to belongs to one pod and goes with it. Argument: (list $ scratch whether-with-weights) */}}
 {{- define "galerne.volumes" -}}
 {{- $root := index . 0 -}}
 - name: config
@@ -108,9 +117,9 @@ Every directory that is written to belongs to one pod and goes with it. Argument
   emptyDir: {sizeLimit: {{ index . 1 }}}
 - name: haproxy
   emptyDir: {sizeLimit: 64Mi}
-{{- with $root.Values.weights.volume }}
+{{- if and (index . 2) $root.Values.weights.volume }}
 - name: weights
-  {{- toYaml . | nindent 2 }}
+  {{- toYaml $root.Values.weights.volume | nindent 2 }}
 {{- end }}
 {{- end }}
 
@@ -136,5 +145,5 @@ preStop:
       - {{ include "galerne.bin" . }}/python
       - -m
       - serving.cluster.node_drain
-      - {{ add (include "galerne.drainSeconds" . | int64) 30 | quote }}
+      - {{ add (.Values.drainSeconds | int64) 30 | quote }}
 {{- end }}

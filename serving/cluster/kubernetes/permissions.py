@@ -1,8 +1,8 @@
 """What each command may do, and no more: the RBAC rules of `galerne cluster`, and what a refusal lacks.
 
-`cluster` rules go into a ClusterRole, `namespace` rules into a Role of the release's namespace. A test runs every
-command against a server that grants exactly these, and another holds that each rule is needed. Secrets are never read:
-a rollout creates one, and nothing else touches them.
+`cluster` rules go into a ClusterRole, `namespace` rules into a Role of the release's namespace, `monitoring` rules into
+one of Prometheus' namespace. A test runs every command against a server that grants exactly these, and another holds
+that each rule is needed. Secrets are never read: a rollout creates one, and nothing else touches them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from serving.cluster.kubernetes import resources as kinds
 from serving.cluster.kubernetes.resources import Resource
 from serving.errors import ApiDenied
 
-Scope = Literal["cluster", "namespace"]
+Scope = Literal["cluster", "namespace", "monitoring"]
 RBAC_API: Final = "rbac.authorization.k8s.io"
 
 
@@ -35,7 +35,12 @@ def _of(resource: Resource, verbs: str, why: str, scope: Scope = "namespace", su
 
 
 _PROMETHEUS: Final = _of(
-    kinds.SERVICES, "get", "Prometheus through the API server's proxy (--prometheus service:…)", "cluster", "proxy"
+    # Of one namespace: behind the API server's proxy a Service asks nobody who he is.
+    kinds.SERVICES,
+    "get",
+    "Prometheus through the API server's proxy (--prometheus service:…)",
+    "monitoring",
+    "proxy",
 )
 
 PREFLIGHT: Final = (
@@ -84,19 +89,23 @@ COMMANDS: Final[dict[str, tuple[Rule, ...]]] = {
 }
 
 
-def roles(commands: Sequence[str], name: str, namespace: str) -> list[dict[str, Any]]:
-    """A ClusterRole and a Role that grant what these commands need; bind both to whoever runs them."""
-    rules = [rule for command in commands for rule in COMMANDS[command]]
-    metadata: dict[str, Any] = {"name": name}
-    found = []
-    for kind, scope, where in (
-        ("ClusterRole", "cluster", metadata),
-        ("Role", "namespace", {**metadata, "namespace": namespace}),
-    ):
-        granted = _merged([rule for rule in rules if rule.scope == scope])
-        if granted:
-            found.append({"apiVersion": f"{RBAC_API}/v1", "kind": kind, "metadata": where, "rules": granted})
-    return found
+def roles(commands: Sequence[str], name: str, namespace: str, monitoring: str) -> list[dict[str, Any]]:
+    """A ClusterRole and a Role a namespace that grant what these commands need; bind them to whoever runs them."""
+    where: dict[Scope, str | None] = {"cluster": None, "namespace": namespace, "monitoring": monitoring}
+    granted: dict[str | None, list[Rule]] = {place: [] for place in where.values()}
+    for command in commands:
+        for rule in COMMANDS[command]:
+            granted[where[rule.scope]].append(rule)
+    return [
+        {
+            "apiVersion": f"{RBAC_API}/v1",
+            "kind": "ClusterRole" if place is None else "Role",
+            "metadata": {"name": name} | ({} if place is None else {"namespace": place}),
+            "rules": _merged(rules),
+        }
+        for place, rules in granted.items()
+        if rules
+    ]
 
 
 def _merged(rules: Sequence[Rule]) -> list[dict[str, Any]]:

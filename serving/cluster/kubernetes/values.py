@@ -23,6 +23,7 @@ NEW_CLUSTER: Final = "NewCluster"
 _GROUP: Final[dict[str, Any]] = {"gpus": 1, "gpuResource": "nvidia.com/gpu", "cpu": 8, "memory": "64Gi"}
 _HEAD: Final[dict[str, Any]] = {"cpu": 2, "memory": "8Gi"}
 _GATEWAY: Final[dict[str, Any]] = {"cpu": 2, "memory": "4Gi"}
+_GATEWAYS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def needs(values: Mapping[str, Any]) -> Needs:
 
 def _groups(values: Mapping[str, Any]) -> Iterator[Group]:
     yield _group("head", {**_HEAD, **_map(dig(values, "head")), "gpus": 0, "min": 1, "max": 1})
-    replicas = dig(values, "config", "gateway", "replicas", default=1)
+    replicas = dig(values, "config", "gateway", "replicas", default=_GATEWAYS)
     least = dig(replicas, "min", default=1) if isinstance(replicas, dict) else replicas
     most = dig(replicas, "max", default=least) if isinstance(replicas, dict) else replicas
     yield _group("gateway", {**_GATEWAY, **_map(dig(values, "gateway")), "gpus": 0, "min": least, "max": most})
@@ -159,6 +160,9 @@ def _volumes(values: Mapping[str, Any]) -> Iterator[Volume]:
 def _images(values: Mapping[str, Any]) -> Iterator[str]:
     if repository := dig(values, "image", "repository"):
         yield str(repository)
+    for group in _map(dig(values, "workerGroups")).values():
+        if repository := dig(group, "image", "repository"):
+            yield str(repository)
     if dig(values, "redis", "enabled", default=True) and (image := dig(values, "redis", "image")):
         yield str(image)
 

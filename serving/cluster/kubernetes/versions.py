@@ -7,7 +7,7 @@ specification is that of the old cluster again, and it keeps that one instead of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -38,18 +38,33 @@ def revision_of(text: str) -> str:
     return f"r{hashlib.sha256(text.encode()).hexdigest()}"[:REVISION_CHARS]
 
 
-def image_changes(service: Document, image: str) -> tuple[Change, ...]:
-    """Every container that runs the present image, in every group."""
-    present = dig(service, "spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "containers", 0, "image")
-    if not present:
+def image_changes(service: Document, image: str, of_groups: Mapping[str, str] | None = None) -> tuple[Change, ...]:
+    """Every container that runs its group's image: the head's everywhere but where a group has one of its own.
+
+    `of_groups` names the new one of such a group. ClusterError without it: a cluster of two versions would not work.
+    """
+    wanted = dict(of_groups or {})
+    head = dig(service, "spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "containers", 0, "image")
+    if not head:
         raise ClusterError("the RayService's head has no image to replace")
-    return tuple(
-        Change((*path, kind, index, "image"), present, image)
-        for path, spec in _pods(service)
-        for kind in ("initContainers", "containers")
-        for index, container in enumerate(dig(spec, kind, default=[]))
-        if dig(container, "image") == present and present != image
-    )
+    changes: list[Change] = []
+    for path, spec in _pods(service):
+        group = str(dig(service, *path[:-2], "groupName", default=""))
+        present = str(dig(spec, "containers", 0, "image", default=head))
+        if present != head and group not in wanted:
+            raise ClusterError(
+                f"group {group} has an image of its own, {present}: name its new one with --group-image {group}=IMAGE"
+            )
+        new = wanted.pop(group, image)
+        changes += [
+            Change((*path, kind, index, "image"), present, new)
+            for kind in ("initContainers", "containers")
+            for index, container in enumerate(dig(spec, kind, default=[]))
+            if dig(container, "image") == present and present != new
+        ]
+    if wanted:
+        raise ClusterError(f"the RayService has no group {', '.join(sorted(wanted))}")
+    return tuple(changes)
 
 
 def config_volume(service: Document) -> ConfigVolume:

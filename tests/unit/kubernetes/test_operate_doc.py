@@ -25,7 +25,7 @@ BLOCK = re.compile(r"```console\n\$ galerne cluster ([^\n]*)\n(.*?)```", re.DOTA
 ADDRESS = "https://kubernetes.example"
 CONFIG = """\
 listen: {host: 0.0.0.0}
-models: [{id: m-v1.5, source: "path:/models/m-2"}]
+models: [{id: m-v1.5, source: "path:/models/m-2", resources: {accelerator: gpu}}]
 tenants: [{id: press, keys: [{id: k, sha256: "%s"}]}]
 """ % ("0" * 64)
 

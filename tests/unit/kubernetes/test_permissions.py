@@ -16,6 +16,8 @@ from tests.unit.kubernetes.kuberay import NAME
 from tests.unit.kubernetes.release import PROMETHEUS, VALUES, Run, populate
 from tests.unit.kubernetes.server import ApiServer, Document, Seen
 
+MONITORING = PROMETHEUS.removeprefix("service:").partition("/")[0]
+
 CONFIG = """\
 listen: {host: 0.0.0.0}
 models: [{id: m-v1.5, source: "fake:m"}]
@@ -109,7 +111,7 @@ def complains(told: str) -> bool:
 def test_a_command_runs_on_its_own_rules_and_asks_for_nothing_else(
     server: ApiServer, runs: dict[str, Callable[[], str]], command: str
 ) -> None:
-    allowed = grants(roles([command], "r", NAMESPACE))
+    allowed = grants(roles([command], "r", NAMESPACE, MONITORING))
     server.allow(allowed)
     told = runs[command]()
     assert not complains(told), told
@@ -130,8 +132,10 @@ def test_a_command_runs_on_its_own_rules_and_asks_for_nothing_else(
 def test_each_rule_is_needed(
     server: ApiServer, runs: dict[str, Callable[[], str]], command: str, rule: Rule, verb: str
 ) -> None:
-    scope = NAMESPACE if rule.scope == "namespace" else None
-    server.allow(grants(roles([command], "r", NAMESPACE)) - {(rule.group, rule.resource, verb, scope)})
+    scope = {"namespace": NAMESPACE, "monitoring": MONITORING, "cluster": None}[rule.scope]
+    granted = grants(roles([command], "r", NAMESPACE, MONITORING))
+    assert (rule.group, rule.resource, verb, scope) in granted
+    server.allow(granted - {(rule.group, rule.resource, verb, scope)})
     told = runs[command]()
     assert [s for s in server.seen if s.resource and not server.permits(s)], "it never asked"
     assert complains(told), told
@@ -139,7 +143,7 @@ def test_each_rule_is_needed(
 
 def test_following_needs_to_watch(server: ApiServer, kubeconfig: Path, galerne: Run) -> None:
     populate(server)
-    granted = grants(roles(["status"], "r", NAMESPACE))
+    granted = grants(roles(["status"], "r", NAMESPACE, MONITORING))
     server.allow(granted - {("ray.io", "rayservices", "watch", NAMESPACE)})
     code, _, err = galerne("status", "--watch", "--kubeconfig", str(kubeconfig))
     assert code == 1
@@ -148,20 +152,26 @@ def test_following_needs_to_watch(server: ApiServer, kubeconfig: Path, galerne: 
 
 def test_there_is_no_wildcard_and_no_reading_of_secrets() -> None:
     for command in COMMANDS:
-        for document in roles([command], "r", NAMESPACE):
+        for document in roles([command], "r", NAMESPACE, MONITORING):
             for rule in document["rules"]:
+                # Through the API server's proxy whoever may do so reaches every Service there is.
+                if "services/proxy" in rule["resources"]:
+                    assert document["kind"] == "Role"
+                    assert document["metadata"]["namespace"] == MONITORING
                 assert "*" not in json.dumps(rule)
                 if "secrets" in rule["resources"]:
                     assert rule["verbs"] == ["create"]
 
 
 def test_the_command_prints_them(galerne: Run) -> None:
-    code, out, _ = galerne("permissions", "status", "--namespace", "prod")
+    code, out, _ = galerne("permissions", "status", "--namespace", "prod", "--monitoring-namespace", "watch")
     assert code == 0
     documents = list(yaml.safe_load_all(out))
-    assert [d["kind"] for d in documents] == ["ClusterRole", "Role"]
-    assert documents[1]["metadata"]["namespace"] == "prod"
-    assert grants(documents) == grants(roles(["status"], "r", "prod"))
+    assert [(d["kind"], d["metadata"].get("namespace")) for d in documents] == [("Role", "prod"), ("Role", "watch")]
+    assert grants(documents) == grants(roles(["status"], "r", "prod", "watch"))
+    # One namespace for both has one Role: two of a name would be one, the later of them.
+    documents = list(yaml.safe_load_all(galerne("permissions", "-n", "prod", "--monitoring-namespace", "prod")[1]))
+    assert [(d["kind"], d["metadata"].get("namespace")) for d in documents] == [("ClusterRole", None), ("Role", "prod")]
     assert galerne("permissions", "destroy")[0] == 2
 
 

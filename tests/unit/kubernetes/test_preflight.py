@@ -295,6 +295,13 @@ def test_values_of_any_form_are_read(document: dict[str, Any]) -> None:
     assert {"head", "gateway"} <= {group.name for group in needs.groups}
 
 
+def test_gateways_and_images_that_nothing_is_said_of() -> None:
+    needs = values.needs({"workerGroups": {"a": {"image": {"repository": "registry.example/cpu"}}, "b": {}}})
+    (gateway,) = [group for group in needs.groups if group.name == "gateway"]
+    assert (gateway.minimum, gateway.maximum) == (2, 2)  # the chart's default
+    assert "registry.example/cpu" in needs.images
+
+
 def test_the_charts_own_values_are_understood() -> None:
     """Held against the chart where it is there: a name that it changes must not silently ask for nothing."""
     file = ROOT / "helm" / "galerne" / "values-aks.yaml"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serving.cluster.kubernetes.versions import config_changes, config_volume, image_changes
+from serving.cluster.kubernetes.versions import applied, config_changes, config_volume, image_changes
+from serving.errors import ClusterError
 from tests.unit.kubernetes.conftest import NAMESPACE
 from tests.unit.kubernetes.kuberay import NAME, service
 from tests.unit.kubernetes.release import PROMETHEUS, Run, operate, populate
@@ -18,7 +19,7 @@ from tests.unit.kubernetes.shared import ROOT
 
 CONFIG = """\
 listen: {host: 0.0.0.0}
-models: [{id: m-v1.5, source: "path:/models/m-2"}]
+models: [{id: m-v1.5, source: "path:/models/m-2", resources: {accelerator: gpu}}]
 tenants: [{id: press, keys: [{id: k, sha256: "%s"}]}]
 """ % ("0" * 64)
 Rollout = Callable[..., tuple[int, str, str]]
@@ -98,7 +99,12 @@ def test_what_is_refused(server: ApiServer, rollout: Rollout, arguments: tuple[s
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("models: []", "models"), (CONFIG.replace("listen: {host: 0.0.0.0}\n", ""), "listen.host")]
+    ("text", "says"),
+    [
+        ("models: []", "models"),
+        (CONFIG.replace("listen: {host: 0.0.0.0}\n", ""), "listen.host"),
+        (CONFIG.replace(", resources: {accelerator: gpu}", ""), "models[m-v1.5].resources.accelerator: says auto"),
+    ],
 )
 def test_a_configuration_that_pods_could_not_serve(
     server: ApiServer, rollout: Rollout, config: Path, text: str, says: str
@@ -108,6 +114,23 @@ def test_a_configuration_that_pods_could_not_serve(
     assert code == 2
     assert says in err
     assert written(server) == []
+
+
+def test_every_group_gets_the_new_version(server: ApiServer, rollout: Rollout) -> None:
+    own = service()
+    group = own["spec"]["rayClusterConfig"]["workerGroupSpecs"][-1]
+    group["template"]["spec"]["containers"][0]["image"] = "registry/galerne:1-cpu"
+    server.put("ray.io", "rayservices", own)
+    new = ("--image", "registry/galerne:2", "--prometheus", PROMETHEUS, "--dry-run")
+    code, _, err = rollout(*new)
+    assert code == 1
+    assert f"--group-image {group['groupName']}=IMAGE" in err
+    code, out, err = rollout(*new, "--group-image", f"{group['groupName']}=registry/galerne:2-cpu")
+    assert code == 0, err
+    assert "registry/galerne:1-cpu -> registry/galerne:2-cpu" in out
+    assert rollout(*new, "--group-image", "registry/galerne:2-cpu")[0] == 1
+    code, _, err = rollout("--group-image", "a=b", "--config-from", "mine", "--revision", "r", "--dry-run")
+    assert (code, "--group-image is for a rollout with --image" in err) == (1, True)
 
 
 def test_without_a_second_cluster_helm_is_named(server: ApiServer, rollout: Rollout) -> None:
@@ -142,5 +165,18 @@ def test_the_charts_own_service_can_be_rolled_out(values: str) -> None:
     found = next(d for d in yaml.safe_load_all(rendered) if d and d["kind"] == "RayService")
     groups = 1 + len(found["spec"]["rayClusterConfig"]["workerGroupSpecs"])
     assert config_volume(found).key == "galerne.yaml"
-    assert len(image_changes(found, "registry/galerne:next")) >= groups
+    own = {"processors": "registry/galerne:next-cpu"} if "mixed" in values else {}
+    if own:
+        with pytest.raises(ClusterError, match="--group-image processors=IMAGE"):
+            image_changes(found, "registry/galerne:next")
+    changes = image_changes(found, "registry/galerne:next", own)
+    assert len(changes) >= groups
+    after = applied(found, changes)["spec"]["rayClusterConfig"]
+    assert {
+        group["groupName"]: {container["image"] for container in group["template"]["spec"]["containers"]}
+        for group in after["workerGroupSpecs"]
+    } == {g["groupName"]: {own.get(g["groupName"], "registry/galerne:next")} for g in after["workerGroupSpecs"]}
+    applied(found, changes, back=True)
+    with pytest.raises(ClusterError, match="no group nobody"):
+        image_changes(found, "registry/galerne:next", own | {"nobody": "x"})
     assert len(config_changes(found, "other", "next")) == groups + 1
