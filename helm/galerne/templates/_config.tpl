@@ -106,7 +106,7 @@ and administrators are no part of it: gateways take them from the file while the
 {{- range $model := $values.config.models -}}
 {{- include "galerne.placeable" (list $ $model) -}}
 {{- end -}}
-{{- if and $values.networkPolicy.enabled $values.autoscaler.enabled (not $values.networkPolicy.apiServer) -}}
+{{- if and $values.networkPolicy.enabled $values.autoscaler.enabled (not $values.networkPolicy.apiServer) (not $values.networkPolicy.cilium) -}}
 {{- fail "networkPolicy.apiServer is empty, and the autoscaler could not reach the API server: set it to its addresses as CIDRs (kubectl get endpointslice -n default kubernetes)" -}}
 {{- end -}}
 {{- if and $values.config.tracing $values.networkPolicy.enabled (not $values.networkPolicy.egress) -}}
