@@ -29,8 +29,8 @@ EXCEPTIONS = {
     "has to start pods while its registry is away. image.pullPolicy: Always where a policy of the cluster asks for it",
     (
         "CKV_K8S_35",
-        r"Pod\..*|Job\..*-loadtest-\d+",
-    ): "Ray reads its token, and a load scenario its keys, from variables alone; "
+        r"Pod\..*|Job\..*-(loadtest-\d+|prepare)",
+    ): "Ray reads its token, a load scenario its keys and the hub's client its token from variables alone; "
     "nothing of them is printed, and no other process of the pod's user is there to look",
     (
         "CKV_K8S_43",

@@ -42,19 +42,21 @@ def test_no_way_to_the_api_server_is_refused(line: str) -> None:
     assert "networkPolicy.apiServer is empty" in ran.err
 
 
-def test_dns_on_every_node_is_reached_by_every_pod_on_its_port_alone() -> None:
+def test_dns_on_every_node_is_reached_by_whoever_resolves_names_on_its_port_alone() -> None:
     wanted = yaml.safe_load((Path(__file__).parents[2] / "helm" / "galerne" / CILIUM).read_text())
     addresses = set(wanted["networkPolicy"]["dns"]["cidrs"])
+    resolving = set()
     for pod in pods_of(CILIUM):
-        rules = [
-            rule
-            for spec in selecting(CILIUM, pod.metadata["labels"])
-            for rule in spec.get("egress", [])
-            if any(peer.get("ipBlock", {}).get("cidr") in addresses for peer in rule["to"])
-        ]
-        (rule,) = rules
-        assert addresses == {peer["ipBlock"]["cidr"] for peer in rule["to"] if "ipBlock" in peer}
-        assert {port["port"] for port in rule["ports"]} == {53}
+        for spec in selecting(CILIUM, pod.metadata["labels"]):
+            for rule in spec.get("egress", []):
+                opened = {peer["ipBlock"]["cidr"] for peer in rule["to"] if "ipBlock" in peer}
+                ports = {port["port"] for port in rule["ports"]}
+                # Wherever cluster DNS is opened its addresses are, and nowhere else.
+                assert (ports == {53}) == bool(opened & addresses), pod.where
+                if ports == {53}:
+                    assert opened == addresses
+                    resolving.add(pod.metadata["labels"]["app.kubernetes.io/component"])
+    assert resolving >= {"head", "gateway", "engine"}
 
 
 @pytest.mark.parametrize("values", VALUES)
