@@ -49,7 +49,7 @@ def on_this_machine(values: str, key_digest: str, ports: tuple[int, int]) -> dic
         # Two processors here have to do for what a cluster has hundreds for.
         model["resources"]["cpus"] = 1.0
     # What others run: a Redis, an issuer of tokens.
-    given["limits_store"] = None
+    given["limits_store"] = "memory://"
     given["oidc"] = []
     return given
 
