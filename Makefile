@@ -19,7 +19,7 @@ unexport VIRTUAL_ENV
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run system-parts helm chart test test-faults test-fast check format lock lock-check
+.PHONY: help install run system-parts helm checkov chart test test-faults test-fast check format lock lock-check
 .PHONY: bench-overhead bench-engine bench-peers bench-peers-engine bench-autoscale bench-fairness
 .PHONY: bench-routing bench-prefix soak
 .PHONY: loadtest loadtest-sweep dashboards dashboard-pictures image clean
@@ -39,6 +39,13 @@ help: ## list the targets
 	@python3 helm/tools/unpack.py .tools/helm/packages .tools/helm && rm -rf .tools/helm/packages
 	@touch $@
 
+# The scanner of manifests, whose requirements exclude ours.
+.tools/checkov/.installed: locks/checkov.txt | $(UV) $(VENV)/.installed
+	@rm -rf .tools/checkov
+	$(UV) venv --quiet --python $(BIN)/python .tools/checkov
+	$(UV) pip install --quiet --python .tools/checkov/bin/python --require-hashes --no-deps -r locks/checkov.txt
+	@touch $@
+
 $(VENV)/.installed: locks/cpu.txt pyproject.toml | $(UV)
 	@echo "installing the locked packages into $(VENV) (about 4 GB)"
 	@test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON_VERSION) $(VENV)
@@ -56,10 +63,12 @@ system-parts: ## programs of the system that tests need, where apt-get may insta
 
 helm: install .tools/helm/.installed ## helm and kubectl into .tools/helm
 
+checkov: install .tools/checkov/.installed ## the scanner of rendered manifests into .tools/checkov
+
 chart: install ## renew what is generated in helm/galerne: schema, README table, rules
 	$(BIN)/python -m helm.tools.generate
 
-test: install system-parts helm ## every test, the real engine included
+test: install system-parts helm checkov ## every test, the real engine included
 	@$(if $(PYTEST_ARGS),$(BIN)/python -m pytest -m "not faults" $(PYTEST_ARGS),tests/all.sh $(BIN)/python)
 
 test-faults: install system-parts ## what breaks, on purpose: replicas, gateways, clients, control plane; prints counts
@@ -91,6 +100,7 @@ lock: | $(UV) ## renew the locks from pyproject.toml
 	$(UV) $(IMAGE_CPU_LOCK) --constraint locks/cpu.txt -o locks/image-cpu.txt
 	$(UV) pip compile --quiet --no-header --generate-hashes locks/uv.in -o locks/uv.txt
 	$(UV) pip compile --quiet --no-header --generate-hashes --no-deps locks/helm.in -o locks/helm.txt
+	$(UV) pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) locks/checkov.in -o locks/checkov.txt
 	$(UV) pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) \
 	  locks/image-tools.in -o locks/image-tools.txt
 

@@ -1,7 +1,8 @@
-"""Runs a serveConfigV2 on this machine as a RayService does: `python -m tests.helm.deploy CONFIG SERVE_JSON STATE KEY`.
+"""Runs serveConfigV2s on this machine as a RayService does: `python -m tests.helm.deploy STATE KEY DIRECTORY…`.
 
 Ray's dashboard, which KubeRay talks to, hands a parsed configuration to Serve's controller; so does this, on a cluster
-of one node that offers what the chart's groups offer. It prints what it has seen as one line of JSON.
+of one node that offers what the chart's groups offer. Each directory holds a `galerne.yaml` and a `serve.json`; they run one
+after the other, and the last one's node is drained. What was seen of each is one line of JSON.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ GATEWAYS = 2
 
 
 def main() -> None:
-    """Start, ask once, say what was seen, stop."""
-    config_path, serve_path, state, key = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-    config = load(config_path)
+    """Start, ask each once, say what was seen, stop."""
+    state, key, directories = Path(sys.argv[1]), sys.argv[2], [Path(argument) for argument in sys.argv[3:]]
+    # The machine's part of it is the same for all.
+    config = load(directories[-1] / "galerne.yaml")
     (state / HAPROXY_DIR).mkdir()
     os.environ.update(environment(config, Path(state)) | ONE_MACHINE)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -44,7 +46,16 @@ def main() -> None:
     processes.become_reaper()
     status = 1
     try:
-        print(json.dumps(deployed(json.loads(serve_path.read_text()), config_path, key)), flush=True)
+        client = None
+        for directory in directories:
+            told = json.loads((directory / "serve.json").read_text())
+            client = client or started(told)
+            seen = deployed(client, told, directory / "galerne.yaml", key)
+            if directory == directories[-1]:
+                seen["drained"] = drained()
+            else:
+                client.delete_apps([APP])
+            print(json.dumps({"directory": directory.name} | seen), flush=True)
         status = 0
     except Exception:
         traceback.print_exc()
@@ -55,15 +66,13 @@ def main() -> None:
         os._exit(status)
 
 
-def deployed(told: dict[str, Any], config_path: Path, key: str) -> dict[str, Any]:
-    """What the application answered, and where its gateway and its targets are."""
-    from ray import serve
+def started(told: dict[str, Any]) -> Any:
+    """Serve's client, on a cluster with what a configuration says of HTTP and logs."""
     from ray.exceptions import RayActorError
     from ray.serve._private.api import serve_start
     from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(told)
-    config = load(config_path)
     _start_ray()
     client = None
     while client is None:
@@ -74,23 +83,37 @@ def deployed(told: dict[str, Any], config_path: Path, key: str) -> dict[str, Any
                 proxy_location=schema.proxy_location,
                 global_logging_config=schema.logging_config,
             )
-    client.deploy_apps(schema)
+    return client
+
+
+def deployed(client: Any, told: dict[str, Any], config_path: Path, key: str) -> dict[str, Any]:
+    """What the application answered, and where its gateway and its targets are."""
+    from ray import serve
+    from ray.serve.schema import ServeDeploySchema
+
+    config = load(config_path)
+    client.deploy_apps(ServeDeploySchema.model_validate(told))
     deadline_s = time.monotonic() + UP_S
     while serve.status().applications[APP].status != "RUNNING":
         application = serve.status().applications[APP]
         if time.monotonic() > deadline_s or application.status == "DEPLOY_FAILED":
-            raise SystemExit(f"{application.status}: {application.message}")
-        time.sleep(0.5)
+            raise RuntimeError(f"{config_path}: {application.status}: {application.message}")
+        time.sleep(0.2)
     url = f"http://127.0.0.1:{config.listen.port}"
-    body = {"model": config.models[0].id, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-    answer = _json(f"{url}/v1/chat/completions", {"Authorization": f"Bearer {key}"}, body)
+    headers = {"Authorization": f"Bearer {key}"}
+    model = next(model for model in config.models if model.replicas.min)
+    if model.task == "generate":
+        body = {"model": model.id, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        told = _json(f"{url}/v1/chat/completions", headers, body)["choices"][0]["message"]["content"]
+    else:
+        told = _json(f"{url}/v1/embeddings", headers, {"model": model.id, "input": "hello"})["data"][0]["embedding"]
     details = client.get_serve_details()["applications"][APP]["deployments"][GATEWAY]
     targets = _json(f"http://127.0.0.1:{config.gateway.metrics_port}/targets", {}, None)
     return {
-        "answer": answer["choices"][0]["message"]["content"],
+        "answer": told,
+        "models": sorted(model["id"] for model in _json(f"{url}/v1/models", headers, None)["data"]),
         "gateway_resources": details["deployment_config"]["ray_actor_options"].get("resources"),
         "targets": targets,
-        "drained": drained(),
     }
 
 
@@ -102,8 +125,8 @@ def _start_ray() -> None:
         try:
             ray.init(
                 address="local",
-                num_cpus=8,
-                resources={"galerne_gateway": GATEWAYS, "accelerator_type:H100": 1},
+                num_cpus=64,
+                resources={"galerne_gateway": GATEWAYS},
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",

@@ -17,9 +17,10 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.helm.rendering import HELMS, ROOT, TOOLS, galerne_config, helm
+from tests.helm.custom_kinds import DESCRIBED
+from tests.helm.rendering import HELMS, RELEASE, ROOT, TOOLS, galerne_config, helm, ray_groups
 from tests.helm.stack import checkout, repository
-from tests.helm.test_objects import core_validator
+from tests.helm.test_objects import core_validator, is_custom
 from tests.integration.running import GALERNE
 
 STACK = "install-stack.md"
@@ -28,9 +29,14 @@ GUIDES = ("install-aks.md", "install-onprem.md", "install-airgap.md", STACK)
 ELSEWHERE = (
     ("az",),
     ("skopeo",),
+    ("make", "image"),
+    ("docker",),
     ("kubectl", "get"),
     ("kubectl", "label"),
     ("kubectl", "delete"),
+    ("kubectl", "apply"),
+    ("kubectl", "wait"),
+    ("galerne", "cluster"),
     ("helm", "install"),
     ("helm", "pull"),
     ("helm", "test"),
@@ -135,10 +141,66 @@ def test_operators_are_installed_as_pinned(guide: str) -> None:
 def test_the_manifests_of_a_guide(guide: str) -> None:
     for block in blocks(guide, "yaml"):
         for thing in yaml.safe_load_all(block):
+            if is_custom(thing):
+                DESCRIBED[thing["kind"]].model_validate(thing)
+                continue
             try:
                 core_validator("1.36", thing["apiVersion"], thing["kind"]).validate(thing)
             except jsonschema.ValidationError as error:
                 pytest.fail(f"{guide}: {thing['kind']}: {error.message}")
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_ray_cluster_goes_before_what_it_needs(guide: str) -> None:
+    # Policies, Secrets and Redis belong to the release: pods that still drain would stand without them.
+    *_, delete, cluster, pods, uninstall = commands(guide)
+    assert delete == "kubectl -n galerne delete rayservice galerne"
+    assert "--for=delete raycluster" in cluster
+    assert "--for=delete pod" in pods
+    assert uninstall.startswith("helm uninstall")
+
+
+# What the Blob CSI driver documents of a static volume that is mounted with a token.
+BLOB = {"protocol", "resourceGroup", "storageAccount", "containerName", "clientID", "mountWithWorkloadIdentityToken"}
+
+
+def test_weights_on_aks_are_mounted_by_the_accounts_of_the_release() -> None:
+    (volume,) = [
+        thing
+        for block in blocks("install-aks.md", "yaml")
+        for thing in yaml.safe_load_all(block)
+        if thing["kind"] == "PersistentVolume"
+    ]
+    # Without these the driver asks for the account's key.
+    assert volume["spec"]["csi"]["volumeAttributes"].keys() == BLOB
+    assert volume["spec"]["csi"]["volumeAttributes"]["mountWithWorkloadIdentityToken"] == "true"
+    rendered = ray_groups("values-aks.yaml").values()
+    user = {group["template"]["spec"]["securityContext"]["runAsUser"] for group in rendered}
+    options = set(volume["spec"]["mountOptions"])
+    assert options >= {"-o allow_other", *(f"-o {kind}={uid}" for uid in user for kind in ("uid", "gid"))}
+    # Whoever mounts it is trusted, under the names that the guide's release has.
+    trusted = set(re.findall(r"--subject system:serviceaccount:galerne:(\S+)", "\n".join(commands("install-aks.md"))))
+    accounts = {
+        group["template"]["spec"]["serviceAccountName"]
+        for group in rendered
+        if any(volume["name"] == "weights" for volume in group["template"]["spec"]["volumes"])
+    }
+    assert accounts
+    assert {account.removeprefix(f"{RELEASE}-") for account in accounts} <= trusted
+    claim = yaml.safe_load((ROOT / "helm/galerne/values-aks.yaml").read_text())["weights"]["volume"]
+    assert claim["persistentVolumeClaim"]["claimName"] == volume["spec"]["claimRef"]["name"]
+
+
+def test_identities_that_no_pod_uses_are_not_given_to_pods() -> None:
+    (store,) = [t for t in blocks("install-aks.md", "yaml") if "ClusterSecretStore" in t]
+    account, found = yaml.safe_load_all(store)
+    referred = found["spec"]["provider"]["azurekv"]["serviceAccountRef"]
+    assert referred == {key: account["metadata"][key] for key in ("name", "namespace")}
+    subject = f"system:serviceaccount:{referred['namespace']}:{referred['name']}"
+    assert any(f"--subject {subject} " in command for command in commands("install-aks.md"))
+    given = yaml.safe_load((ROOT / "helm/galerne/values-aks.yaml").read_text())
+    assert found["metadata"]["name"] == given["tenants"]["externalSecret"]["store"]
+    assert "serviceAccount" not in given
 
 
 def test_every_values_file_is_told_of() -> None:

@@ -11,17 +11,24 @@ from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import pydantic
 import pytest
 import yaml
 from referencing import Registry, Resource
 
+from tests.helm.custom_kinds import DESCRIBED, described
 from tests.helm.rendering import HELMS, SHARED, VALUES, objects, of_kind, pods
 
 KUBERNETES = ("1.32", "1.33", "1.34", "1.35", "1.36")
 CRDS = SHARED / "crds"
-# Custom kinds without a CRD at hand; what is checked of them is in tests of their own below.
-WITHOUT_CRD = {"ScrapeConfig", "ExternalSecret", "HTTPRoute"}
-CUSTOM_GROUPS = ("ray.io/", "monitoring.coreos.com/", "external-secrets.io/", "gateway.networking.k8s.io/", "keda.sh/")
+CUSTOM_GROUPS = (
+    "ray.io/",
+    "monitoring.coreos.com/",
+    "external-secrets.io/",
+    "gateway.networking.k8s.io/",
+    "keda.sh/",
+    "cilium.io/",
+)
 
 
 def is_custom(thing: dict[str, Any]) -> bool:
@@ -45,10 +52,38 @@ def test_custom_objects(values: str, line: str) -> None:
         pytest.skip(f"{CRDS} is absent: custom objects are not checked against their CRDs (GALERNE_SHARED names it)")
     checked = 0
     for thing in objects(line, values):
-        if is_custom(thing) and thing["kind"] not in WITHOUT_CRD:
+        if is_custom(thing) and not described(thing):
             validator(thing["apiVersion"], thing["kind"]).validate(thing)
             checked += 1
     assert checked >= 1
+
+
+@pytest.mark.parametrize("line", HELMS)
+def test_custom_objects_without_a_crd_at_hand(line: str) -> None:
+    seen = set()
+    for values in VALUES:
+        for thing in objects(line, values):
+            if described(thing):
+                DESCRIBED[thing["kind"]].model_validate(thing)
+                seen.add(thing["kind"])
+    assert seen == DESCRIBED.keys() - {"ClusterSecretStore"}  # that one is the guides'
+
+
+WRONG = {
+    "ScrapeConfig": ('"refreshInterval"', '"refreshIntervall"'),
+    "ExternalSecret": ('"creationPolicy": "Owner"', '"creationPolicy": "Owned"'),
+    "HTTPRoute": ('"port": 8000', '"port": "8000"'),
+    "CiliumNetworkPolicy": ('"port": "443"', '"port": 443'),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_in_them_does_not_pass(kind: str) -> None:
+    thing = next(found for values in VALUES for found in of_kind(values, kind))
+    right, wrong = WRONG[kind]
+    assert right in json.dumps(thing)
+    with pytest.raises(pydantic.ValidationError):
+        DESCRIBED[kind].model_validate(json.loads(json.dumps(thing).replace(right, wrong)))
 
 
 def test_a_misspelt_field_does_not_pass() -> None:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from serving.config_file import parse
+from tests.helm.custom_kinds import DESCRIBED
 from tests.helm.rendering import HELMS, NAMESPACE, RELEASE, helm
 from tests.helm.stack import STACK, aliases, built, pinned, render, repository
 from tests.helm.test_docs import pins
@@ -305,3 +306,26 @@ def test_secrets_of_ones_own(stack: tuple[str, Path]) -> None:
         - of_kind(objects(stack, WHOLE, "--set", "secrets.create=false"), "Secret").keys()
     )
     assert made == {"galerne-limits", "galerne-ledger"}
+
+
+def test_with_cilium_whoever_asks_the_api_server_reaches_it(stack: tuple[str, Path]) -> None:
+    things = objects(stack, WHOLE, "--set", "galerne.networkPolicy.cilium=true,galerne.networkPolicy.apiServer=null")
+    policies = of_kind(things, "CiliumNetworkPolicy")
+    for policy in policies.values():
+        DESCRIBED["CiliumNetworkPolicy"].model_validate(policy)
+    # Those that the addresses opened it for before.
+    asking = {
+        name
+        for name, policy in of_kind(objects(stack, WHOLE), "NetworkPolicy").items()
+        if any(
+            peer.get("ipBlock", {}).get("cidr") == "10.0.0.10/32"
+            for rule in policy["spec"].get("egress", [])
+            for peer in rule["to"]
+        )
+    }
+    assert len(policies) == len(asking) == 5
+    selectors = [policy["spec"]["endpointSelector"]["matchLabels"] for policy in policies.values()]
+    for name in asking:
+        assert of_kind(things, "NetworkPolicy")[name]["spec"]["podSelector"]["matchLabels"] in selectors
+    for policy in of_kind(things, "NetworkPolicy").values():
+        assert all(rule["to"] for rule in policy["spec"].get("egress", []))

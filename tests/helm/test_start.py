@@ -1,7 +1,7 @@
 """What the chart tells Serve really starts: on this machine, with simulated engines behind the models' names.
 
-Each values file's configuration is checked as a file; one is started by `galerne serve`, and one as KubeRay hands it to
-Serve: the whole of `serveConfigV2`, whose builder runs in a task of the cluster.
+Each values file's configuration is checked as a file, and started as KubeRay hands it to Serve: the whole of `serveConfigV2`,
+whose builder runs in a task of the cluster. One is started by `galerne serve`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ from tests.integration.running import GALERNE, cluster
 
 START_TIMEOUT_S = 180
 SERVED = "values-mixed-gpus.yaml"
-DEPLOYED = "values-aks.yaml"
-PORTS = {SERVED: (18400, 18410), DEPLOYED: (18440, 18450)}
+# The last one, which is drained, too.
+DRAINED = "values-aks.yaml"
+DEPLOYED = (*(values for values in VALUES if values != DRAINED), DRAINED)
+# Of one after another: some seconds each.
+DEPLOYED_TIMEOUT_S = START_TIMEOUT_S + 110 + 20 * len(DEPLOYED)
+ONE, MANY = (18400, 18410), (18440, 18450)
 
 
-def on_this_machine(values: str, key_digest: str) -> dict[str, Any]:
+def on_this_machine(values: str, key_digest: str, ports: tuple[int, int]) -> dict[str, Any]:
     """The rendered configuration with simulated engines, on loopback, known to one key."""
     config = parse(yaml.safe_dump(galerne_config(values)), values)
     given = fake_models(config).model_dump(mode="json", by_alias=True)
-    port, metrics = PORTS[values]
+    port, metrics = ports
     given["listen"] = {"host": "127.0.0.1", "port": port}
     given["gateway"] |= {"metrics_port": metrics}
     if given["prometheus"]:
@@ -44,6 +48,9 @@ def on_this_machine(values: str, key_digest: str) -> dict[str, Any]:
         model["drain_timeout_s"] = 5.0
         # Two processors here have to do for what a cluster has hundreds for.
         model["resources"]["cpus"] = 1.0
+    # What others run: a Redis, an issuer of tokens.
+    given["limits_store"] = "memory://"
+    given["oidc"] = []
     return given
 
 
@@ -63,7 +70,7 @@ def test_the_configuration_of_every_values_file(values: str, tmp_path: Path) -> 
 @pytest.mark.cluster
 def test_galerne_serve_starts_a_rendered_configuration(tmp_path: Path) -> None:
     key, digest = new_key()
-    config = on_this_machine(SERVED, digest)
+    config = on_this_machine(SERVED, digest, ONE)
     (tmp_path / "galerne.yaml").write_text(yaml.safe_dump(config))
     with cluster(tmp_path / "galerne.yaml", tmp_path, START_TIMEOUT_S) as running:
         awake = next(m["id"] for m in config["models"] if m["replicas"]["min"] and m["task"] == "generate")
@@ -76,7 +83,7 @@ def test_galerne_serve_starts_a_rendered_configuration(tmp_path: Path) -> None:
             f"http://127.0.0.1:{state['gateways'][0]['metrics_port']}/targets", timeout=10
         ) as told:
             rows = {tuple(row["targets"]): row["labels"] for row in json.load(told)}
-        file = Path(f"/tmp/galerne-{os.getuid()}/{PORTS[SERVED][0]}/prometheus-targets.json")
+        file = Path(f"/tmp/galerne-{os.getuid()}/{ONE[0]}/prometheus-targets.json")
         wanted = {tuple(row["targets"]): row["labels"] for row in json.loads(file.read_text())}
         assert rows == {
             target: labels for target, labels in wanted.items() if labels["job"] in {"galerne-gateway", "vllm"}
@@ -101,35 +108,55 @@ def ask(url: str, key: str, body: dict[str, Any] | None = None) -> dict[str, Any
 
 
 @pytest.mark.cluster
-def test_serve_deploys_the_rendered_serve_config(tmp_path: Path) -> None:
+@pytest.mark.timeout(DEPLOYED_TIMEOUT_S + 60)
+def test_serve_deploys_the_rendered_serve_config_of_every_values_file(tmp_path: Path) -> None:
     key, digest = new_key()
-    config = on_this_machine(DEPLOYED, digest)
-    told = yaml.safe_load(rayservice(DEPLOYED)["spec"]["serveConfigV2"])
-    (app,) = told["applications"]
-    path = tmp_path / "galerne.yaml"
-    # As in a pod: the revision in the first line, the configuration below it.
-    path.write_text(f"# revision: {app['args']['revision']}\n" + yaml.safe_dump(config))
-    app["args"]["config_path"] = str(path)
-    told["http_options"] |= {"host": "127.0.0.1", "port": PORTS[DEPLOYED][0]}
-    (tmp_path / "serve.json").write_text(json.dumps(told))
+    directories = [prepared(tmp_path, values, digest) for values in DEPLOYED]
     # Short: a socket's path ends at 97 characters, and pytest's directories are long.
     with tempfile.TemporaryDirectory(prefix="galerne-") as state:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.helm.deploy", path, tmp_path / "serve.json", state, key],
+            [sys.executable, "-m", "tests.helm.deploy", state, key, *directories],
             capture_output=True,
             text=True,
-            timeout=START_TIMEOUT_S + 110,
+            timeout=DEPLOYED_TIMEOUT_S,
             check=False,
         )
     assert done.returncode == 0, done.stdout + done.stderr
-    # A thread of the cluster may have logged something after it.
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert found["answer"]
-    # The gateway ran where its resource is, as in a cluster, and told Prometheus where everything is.
-    assert found["gateway_resources"] == {"galerne_gateway": 1.0}
-    jobs = sorted(row["labels"]["job"] for row in found["targets"])
-    assert jobs == ["galerne-gateway", "galerne-gateway", "vllm"]
-    (engine,) = [row for row in found["targets"] if row["labels"]["job"] == "vllm"]
-    assert engine["labels"].keys() == {"job", "model", "replica"}
+    # A thread of the cluster may have logged something between them.
+    found = {
+        seen["directory"]: seen
+        for seen in (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    }
+    assert list(found) == [directory.name for directory in directories]
+    for values, seen in zip(DEPLOYED, found.values(), strict=True):
+        config = galerne_config(values)
+        assert seen["answer"], values
+        assert seen["models"] == sorted(model["id"] for model in config["models"])
+        # The gateway ran where its resource is, as in a cluster, and told Prometheus where everything is.
+        assert seen["gateway_resources"] == {"galerne_gateway": 1.0}
+        targets = [row["labels"] for row in seen["targets"]]
+        gateways = parse(yaml.safe_dump(config), values).gateway.bounds.min
+        assert sum(labels["job"] == "galerne-gateway" for labels in targets) == gateways
+        engines = [labels for labels in targets if labels["job"] == "vllm"]
+        assert {labels["model"] for labels in engines} >= {
+            model["id"] for model in config["models"] if model.get("replicas", {}).get("min", 1)
+        }
+        assert all(labels.keys() == {"job", "model", "replica"} for labels in engines)
     # Told that its node goes, Serve took every replica away in time.
-    assert found["drained"] is True
+    assert found[directories[-1].name]["drained"] is True
+
+
+def prepared(tmp_path: Path, values: str, key_digest: str) -> Path:
+    """A directory with what Serve is told of a values file, and the configuration that this names."""
+    directory = tmp_path / values.replace("/", "-").removesuffix(".yaml")
+    directory.mkdir()
+    told = yaml.safe_load(rayservice(values)["spec"]["serveConfigV2"])
+    (app,) = told["applications"]
+    path = directory / "galerne.yaml"
+    # As in a pod: the revision in the first line, the configuration below it.
+    text = yaml.safe_dump(on_this_machine(values, key_digest, MANY))
+    path.write_text(f"# revision: {app['args']['revision']}\n{text}")
+    app["args"]["config_path"] = str(path)
+    told["http_options"] |= {"host": "127.0.0.1", "port": MANY[0]}
+    (directory / "serve.json").write_text(json.dumps(told))
+    return directory

@@ -88,3 +88,11 @@ def test_commands_and_their_options_exist(document: str, line: str) -> None:
 
 def test_there_are_commands_to_check() -> None:
     assert len(ALL) > 20
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "helm" / "galerne" / "README.md"], ids=lambda path: path.name)
+def test_nobody_is_told_to_install_a_name_that_is_not_ours(document: Path) -> None:
+    # Whoever registers it would run code on the machine of whoever reads this.
+    for line in document.read_text().splitlines():
+        if "pip install" in line and "galerne" in line:
+            assert re.search(r"galerne(\[\w+\])? @ file://|-e \.", line), line

@@ -125,7 +125,7 @@ a gateway before it starts its successor, and a pod holds one. */}}
 {{- if gt (min 200000 $connections) ($values.gateway.maxConnections | int64) -}}
 {{- fail (printf "gateway.maxConnections (%d) is below %d, twice what %d gateways accept (config.gateway.max_ongoing_requests each): raise it (which replaces pods: upgrade.strategy)" ($values.gateway.maxConnections | int64) (min 200000 $connections) ($gateways.max | int64)) -}}
 {{- end -}}
-{{- if and $values.networkPolicy.enabled $values.autoscaler.enabled (not $values.networkPolicy.apiServer) -}}
+{{- if and $values.networkPolicy.enabled $values.autoscaler.enabled (not $values.networkPolicy.apiServer) (not $values.networkPolicy.cilium) -}}
 {{- fail "networkPolicy.apiServer is empty, and the autoscaler could not reach the API server: set it to its addresses as CIDRs (kubectl get endpointslice -n default kubernetes)" -}}
 {{- end -}}
 {{- if and $values.config.tracing $values.networkPolicy.enabled (not $values.networkPolicy.egress) -}}

@@ -5,6 +5,9 @@
     matchLabels: {kubernetes.io/metadata.name: {{ .Values.networkPolicy.dns.namespace }}}
   podSelector:
     matchLabels: {{- toYaml .Values.networkPolicy.dns.podLabels | nindent 6 }}
+{{- range .Values.networkPolicy.dns.cidrs }}
+- ipBlock: {cidr: {{ . }}}
+{{- end }}
 {{- end }}
 
 {{/* Argument: (list $ component…) */}}
@@ -38,15 +41,34 @@ Argument: (list $ namespace labels) */}}
 {{- include "galerne.namespacePeer" (list . .Values.networkPolicy.monitoringNamespace .Values.networkPolicy.monitoringPodLabels) -}}
 {{- end }}
 
-{{/* Ports and addresses of the API server. */}}
+{{/* Ports and addresses of the API server; nothing where no address is given, because a rule without peers opens everything. */}}
 {{- define "galerne.apiServerRule" -}}
+{{- with .Values.networkPolicy.apiServer -}}
 - to:
-    {{- range .Values.networkPolicy.apiServer }}
+    {{- range . }}
     - ipBlock: {cidr: {{ . }}}
     {{- end }}
   ports:
     - {port: 443, protocol: TCP}
     - {port: 6443, protocol: TCP}
+{{- end }}
+{{- end }}
+
+{{/* The same way for Cilium, which by default matches no address of a node with an ipBlock. Argument: (list $ name labels selector) */}}
+{{- define "galerne.apiServerCilium" -}}
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata:
+  name: {{ index . 1 }}
+  labels: {{- index . 2 | nindent 4 }}
+spec:
+  endpointSelector: {{- index . 3 | nindent 4 }}
+  egress:
+    - toEntities: [kube-apiserver]
+      toPorts:
+        - ports:
+            - {port: "443", protocol: TCP}
+            - {port: "6443", protocol: TCP}
 {{- end }}
 
 {{/* What Ray's pods ask of one another: control (6379 on the head), raylets and object store, agents, workers, Serve's

@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from serving.cluster.kubernetes.checks_network import api_server, enforced, node_dns
 from serving.cluster.kubernetes.checks_nodes import gpus, groups
 from serving.cluster.kubernetes.facts import Facts, Read, Unknown
-from serving.cluster.kubernetes.findings import Finding, fail, ok, warn
+from serving.cluster.kubernetes.findings import Finding, fail, not_seen, ok, warn
 from serving.cluster.kubernetes.quantity import quantity, written
 from serving.cluster.kubernetes.resources import Document, dig, name_of
 from serving.cluster.kubernetes.values import INCREMENTAL, Needs
@@ -24,21 +25,6 @@ OPERATOR: Final = ("app.kubernetes.io/name", "kuberay-operator")
 DNS: Final = ("k8s-app", ("kube-dns", "coredns"))
 DEFAULT_CLASS: Final = "storageclass.kubernetes.io/is-default-class"
 ENFORCE: Final = "pod-security.kubernetes.io/enforce"
-# Network plug-ins by a part of their DaemonSet's name: whether they enforce NetworkPolicy.
-PLUGINS: Final = (
-    ("calico-node", True),
-    ("cilium", True),
-    ("azure-npm", True),
-    ("antrea-agent", True),
-    ("kube-router", True),
-    ("weave-net", True),
-    ("ovnkube-node", True),
-    ("ovs-node", True),
-    ("anetd", True),
-    ("aws-node", True),
-    ("kube-flannel", False),
-    ("kindnet", True),
-)
 # Provisioners of file systems that several nodes can mount for writing; others' classes are taken to be disks.
 SHARED: Final = re.compile(r"file\.csi|nfs|cephfs|efs\.csi|blob\.csi|lustre|weka|juicefs|netapp|glusterfs|smb")
 
@@ -48,11 +34,6 @@ Check = Callable[[Facts, Needs], Iterator[Finding]]
 def check(facts: Facts, needs: Needs) -> tuple[Finding, ...]:
     """Every finding, in the order in which one would mend them."""
     return tuple(finding for one in CHECKS for finding in one(facts, needs))
-
-
-def not_seen(what: str, unknown: Unknown) -> Finding:
-    """The finding of a check that could not look."""
-    return warn(what, "not looked at", unknown.why, unknown.fix)
 
 
 def version(facts: Facts, _: Needs) -> Iterator[Finding]:
@@ -89,6 +70,10 @@ def definitions(facts: Facts, needs: Needs) -> Iterator[Finding]:
     if needs.gateway_api:
         fix = "Gateway API's CRDs and a controller for them"
         wanted.append(("gateway.networking.k8s.io/v1", ("gateways", "httproutes"), fix))
+    if needs.keda:
+        wanted.append(("keda.sh/v1alpha1", ("scaledobjects",), "KEDA, or leave keda.models empty"))
+    if needs.cilium_policy:
+        wanted.append(("cilium.io/v2", ("ciliumnetworkpolicies",), "Cilium, or set networkPolicy.cilium to false"))
     for group, plurals, fix in wanted:
         missing = [name for name in plurals if name not in facts.served.get(group, frozenset())]
         what = f"crds {group}"
@@ -264,28 +249,6 @@ def pod_security(facts: Facts, _: Needs) -> Iterator[Finding]:
         yield warn("pod security", found.get(ENFORCE) or "not enforced", why, fix)
 
 
-def network(facts: Facts, needs: Needs) -> Iterator[Finding]:
-    """A hint whether NetworkPolicies are enforced: by the plug-in's name, nothing is sent."""
-    if not needs.network_policies:
-        why = "every pod of the cluster reaches Ray's ports and the engines"
-        yield warn("network policy", "off in the values", why, "set networkPolicy.enabled to true")
-    elif isinstance(facts.daemon_sets, Unknown):
-        yield not_seen("network policy", facts.daemon_sets)
-    else:
-        names = [name_of(d) for d in facts.daemon_sets]
-        known = [(plugin, enforces) for plugin, enforces in PLUGINS for name in names if plugin in name]
-        if any(enforces for _, enforces in known):
-            plugin = next(plugin for plugin, enforces in known if enforces)
-            hint = " (where its policy engine is on)" if plugin in {"aws-node", "cilium"} else ""
-            yield ok("network policy", f"{plugin} enforces it{hint}; `helm test` proves it")
-        elif known:
-            why = "policies are accepted and have no effect"
-            yield fail("network policy", f"{known[0][0]} does not enforce it", why, "add Calico or Cilium")
-        else:
-            why = "no network plug-in that is known by name"
-            yield warn("network policy", "not known", why, "`helm test` proves whether policies hold")
-
-
 def egress(facts: Facts, needs: Needs) -> Iterator[Finding]:
     """What the release expects of ways out; nothing is sent."""
     if needs.hub_sources:
@@ -354,7 +317,9 @@ CHECKS: Final[tuple[Check, ...]] = (
     quotas,
     limits,
     pod_security,
-    network,
+    enforced,
+    api_server,
+    node_dns,
     egress,
     ingress,
 )

@@ -20,6 +20,8 @@ GROUPS: Final = (
     "monitoring.coreos.com/v1alpha1",
     "external-secrets.io/v1",
     "gateway.networking.k8s.io/v1",
+    "keda.sh/v1alpha1",
+    "cilium.io/v2",
 )
 API_NAME: Final = "kubernetes.default.svc"
 
@@ -53,6 +55,8 @@ class Facts:
     limit_ranges: Read = ()
     claims: Read = ()
     network_policies: Read = ()
+    # HOST:PORT where the API server that answered says it is, which the Service `kubernetes` leads to; empty: nothing.
+    api_server: str = ""
     # Whether a name of the cluster resolves here; None: this is no pod, so nobody can say.
     resolves: bool | None = None
 
@@ -83,6 +87,7 @@ def gather(client: Client, namespace: str, *, in_pod: bool, resolve: Callable[[s
         limit_ranges=listed(kinds.LIMIT_RANGES, namespace),
         claims=listed(kinds.CLAIMS, namespace),
         network_policies=listed(kinds.NETWORK_POLICIES, namespace),
+        api_server=_api_server(client),
         resolves=(resolve or _resolves)(API_NAME) if in_pod else None,
     )
 
@@ -107,6 +112,18 @@ def _served(client: Client) -> Mapping[str, frozenset[str]] | Unknown:
             return unknown(error)
         served[group] = frozenset(str(dig(r, "name")) for r in listed.get("resources") or [])
     return served
+
+
+def _api_server(client: Client) -> str:
+    """Discovery tells it to everybody who may ask at all; the endpoints themselves would take a right of their own."""
+    try:
+        told = client.raw("/api").get("serverAddressByClientCIDRs") or []
+    except KubernetesError as error:
+        unknown(error)
+        return ""
+    # Others are for clients in some networks, such as those of Services.
+    everywhere = [entry for entry in told if str(dig(entry, "clientCIDR", default="")).endswith("/0")]
+    return str(dig(everywhere, 0, "serverAddress", default=""))
 
 
 def _labels(client: Client, namespace: str) -> Mapping[str, str] | Unknown | None:

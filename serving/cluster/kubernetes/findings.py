@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from serving.cluster.kubernetes.facts import Unknown
+
 Level = Literal["ok", "warn", "fail"]
 
 
@@ -43,3 +45,8 @@ def worst(findings: Iterable[Finding]) -> Level:
     """The worst level among them; ok of none."""
     levels = {finding.level for finding in findings}
     return "fail" if "fail" in levels else "warn" if "warn" in levels else "ok"
+
+
+def not_seen(what: str, unknown: Unknown) -> Finding:
+    """The finding of a check that could not look."""
+    return warn(what, "not looked at", unknown.why, unknown.fix)

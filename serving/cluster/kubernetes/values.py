@@ -61,8 +61,14 @@ class Needs:
     prometheus_operator: bool = False
     external_secrets: bool = False
     gateway_api: bool = False
+    keda: bool = False
     ingress_class: str | None = None
     network_policies: bool = True
+    # Ways out that network policies open by address, as CIDRs.
+    api_server: tuple[str, ...] = ()
+    dns_addresses: tuple[str, ...] = ()
+    # Whether the API server is opened in Cilium's own terms.
+    cilium_policy: bool = False
     upgrade: str = NEW_CLUSTER
     autoscaler: bool = True
     # Whether something of the release is meant to go out (fetching models).
@@ -107,10 +113,14 @@ def needs(values: Mapping[str, Any]) -> Needs:
         prometheus_operator=bool(dig(values, "metrics", "enabled", default=False)),
         external_secrets=bool(dig(values, "tenants", "externalSecret", "enabled", default=False)),
         gateway_api=bool(dig(values, "httpRoute", "enabled", default=False)) or upgrade == INCREMENTAL,
+        keda=bool(_map(dig(values, "keda", "models"))),
         ingress_class=str(dig(values, "ingress", "className", default=""))
         if dig(values, "ingress", "enabled", default=False)
         else None,
         network_policies=bool(dig(values, "networkPolicy", "enabled", default=True)),
+        api_server=tuple(str(cidr) for cidr in _list(dig(values, "networkPolicy", "apiServer"))),
+        dns_addresses=tuple(str(cidr) for cidr in _list(dig(values, "networkPolicy", "dns", "cidrs"))),
+        cilium_policy=bool(dig(values, "networkPolicy", "cilium", default=False)),
         upgrade=upgrade,
         autoscaler=bool(dig(values, "autoscaler", "enabled", default=True)),
         egress_expected=prepare and bool(_list(dig(values, "networkPolicy", "prepareEgress"))),

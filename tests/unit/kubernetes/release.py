@@ -22,6 +22,7 @@ DISCOVERY = {
     "monitoring.coreos.com/v1alpha1": ["scrapeconfigs"],
     "external-secrets.io/v1": ["externalsecrets"],
     "gateway.networking.k8s.io/v1": ["gateways", "httproutes"],
+    "keda.sh/v1alpha1": ["scaledobjects", "triggerauthentications"],
 }
 PROMETHEUS = "service:monitoring/prometheus:9090"
 
@@ -136,6 +137,8 @@ VALUES = {
     "redis": {"storageClass": "managed-csi", "image": "registry.example.com/redis"},
     "ingress": {"enabled": True, "className": "nginx"},
     "metrics": {"enabled": True},
+    "networkPolicy": {"apiServer": ["10.0.0.10/32"]},
+    "keda": {"models": {"m-v1.5": {}}},
     "tenants": {"externalSecret": {"enabled": True}},
 }
 

@@ -96,6 +96,8 @@ class ApiServer:
         # None: everything is allowed. Else (group, resource, verb, namespace or None for every one).
         self.allowed: set[tuple[str, str, str, str | None]] | None = None
         self.discovery: dict[str, list[str]] = {}
+        # HOST:PORT that it says of itself.
+        self.advertised = "10.0.0.10:6443"
         self.logs: dict[tuple[str, str, bool], bytes] = {}
         self.git_version = "v1.34.2"
         self.page: int | None = None
@@ -296,7 +298,10 @@ def _handler(server: ApiServer) -> type[BaseHTTPRequestHandler]:
                 ]
                 self._send(200, {"kind": "APIGroupList", "groups": groups})
             elif path == "/api":
-                self._send(200, {"kind": "APIVersions", "versions": ["v1"]})
+                addresses = (
+                    [{"clientCIDR": "0.0.0.0/0", "serverAddress": server.advertised}] if server.advertised else []
+                )
+                self._send(200, {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": addresses})
             elif path == "/api/v1":
                 self._send(200, _resources("v1", [n for n in KINDS if n in CORE]))
             elif path.removeprefix("/apis/") in server.discovery:

@@ -74,6 +74,10 @@ def _version(version: str) -> Change:
     return lambda server, _: setattr(server, "git_version", version)
 
 
+def _advertise(address: str) -> Change:
+    return lambda server, _: setattr(server, "advertised", address)
+
+
 def _undiscover(group: str) -> Change:
     def change(server: ApiServer, _: dict[str, Any]) -> None:
         server.discovery.pop(group)
@@ -117,6 +121,10 @@ def _both(*changes: Change) -> Change:
 
 
 FLANNEL = {"metadata": {"name": "kube-flannel-ds", "namespace": "kube-flannel"}}
+CILIUM = {"metadata": {"name": "cilium", "namespace": "kube-system"}}
+NODE_DNS = {"metadata": {"name": "node-local-dns", "namespace": "kube-system"}}
+CONTROL_PLANE = node("control-1", 0, {}, [{"key": "node-role.kubernetes.io/control-plane", "effect": "NoSchedule"}])
+CONTROL_PLANE["status"]["addresses"] = [{"type": "InternalIP", "address": "10.0.0.10"}]
 TAINT = {"key": "spot", "value": "true", "effect": "NoSchedule"}
 GROUP = {**VALUES["workerGroups"]["h100"]}
 OLD_OPERATOR = deployment(
@@ -135,6 +143,7 @@ CLASS = {"metadata": {"name": "managed-csi"}, "provisioner": "disk.csi.azure.com
         (_version("nonsense"), "version", "warn", "nonsense"),
         (_undiscover("ray.io/v1"), "crds ray.io/v1", "fail", "rayservices"),
         (_undiscover("monitoring.coreos.com/v1alpha1"), "crds monitoring.coreos.com/v1alpha1", "fail", "scrapeconfigs"),
+        (_undiscover("keda.sh/v1alpha1"), "crds keda.sh/v1alpha1", "fail", "scaledobjects"),
         (_undiscover("external-secrets.io/v1"), "crds external-secrets.io/v1", "fail", "externalsecrets"),
         (_drop("apps", "deployments", "kuberay-system", "kuberay-operator"), "kuberay", "fail", "no operator"),
         (_put("apps", "deployments", OLD_OPERATOR), "kuberay", "warn", "older than 1.7"),
@@ -171,6 +180,34 @@ CLASS = {"metadata": {"name": "managed-csi"}, "provisioner": "disk.csi.azure.com
             "network policy",
             "fail",
             "no effect",
+        ),
+        (_set("networkPolicy.apiServer", []), "api server", "fail", "is empty"),
+        (_set("networkPolicy.apiServer", ["10.0.0.0/29"]), "api server", "warn", "10.0.0.10, by its own word"),
+        (_set("networkPolicy.apiServer", ["10.0.0.9/32", "10.0.0.8/29"]), "api server", "ok", "10.0.0.10"),
+        (_advertise("api.example:443"), "api server", "warn", "says api.example"),
+        (_advertise(""), "api server", "warn", "says nothing"),
+        (_advertise("[fd00::1]:6443"), "api server", "warn", "fd00::1, by its own word"),
+        (
+            _both(_put("apps", "daemonsets", CILIUM), _put("", "nodes", CONTROL_PLANE)),
+            "api server",
+            "warn",
+            "10.0.0.10 in networkPolicy.apiServer is a node's",
+        ),
+        (_put("apps", "daemonsets", CILIUM), "api server", "ok", "10.0.0.10"),
+        (_put("", "nodes", CONTROL_PLANE), "api server", "ok", "10.0.0.10"),
+        (
+            _both(_put("apps", "daemonsets", CILIUM), _put("", "nodes", CONTROL_PLANE), _set("networkPolicy.cilium", True)),
+            "api server",
+            "ok",
+            "entity",
+        ),
+        (_set("networkPolicy.cilium", True), "crds cilium.io/v2", "fail", "ciliumnetworkpolicies"),
+        (_put("apps", "daemonsets", NODE_DNS), "dns on nodes", "warn", "169.254.20.10"),
+        (
+            _both(_put("apps", "daemonsets", NODE_DNS), _set("networkPolicy.dns", {"cidrs": ["169.254.20.10/32"]})),
+            "dns on nodes",
+            "ok",
+            "169.254.20.10/32 opened",
         ),
         (_set("ingress.className", "traefik"), "ingress", "fail", "classes here: nginx"),
         (_set("image.repository", "galerne/galerne"), "images", "warn", "galerne/galerne"),
