@@ -118,6 +118,9 @@ class Relay:
                 exchange.usage, exchange.usage_exact = best_known(exchange)
             if exchange.ticket is not None:
                 exchange.ticket.end()
+            if exchange.turn is not None:
+                # Its client left, or no replica was found, between its turn and another attempt.
+                exchange.turn.end()
 
     async def _attempt(
         self, exchange: Exchange, lease: Lease, connection: Connection, send: Send, headers: Headers
@@ -164,7 +167,6 @@ class Relay:
                 sent = await self._connect(exchange)
             if sent is None:
                 end = "no_replica"
-                exchange.turn.end()
         if exchange.client_left and sent is None:
             raise ClientLeft("the client left while another replica was sought")
         if end is not None:
