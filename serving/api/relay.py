@@ -108,6 +108,7 @@ class Relay:
                 exchange.outcome = "rejected"
             if not exchange.head_sent:
                 raise
+            exchange.status = error.status
             await self._last_event(exchange, sse_event(error), send)
         except TimeoutError as error:  # from `bound`
             exchange.client_left = True
@@ -289,8 +290,9 @@ class Relay:
         if exchange.ticket is not None:
             exchange.ticket.answered()
         events = (b"content-type", EVENT_STREAM) in _types(connection)
+        # Also where the head of a held stream said 200 before: what the event says is what came of it.
+        exchange.status = status
         if not exchange.head_sent:
-            exchange.status = status
             await send({"type": "http.response.start", "status": status, "headers": headers})
         elif not events:
             await self._as_event(exchange, connection, chunk, send)

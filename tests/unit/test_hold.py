@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from serving.admission.ticket import Ticket
 from serving.admission.waking import ASK_AGAIN_S, OVERDUE_RETRY_S
 from serving.config import FakeEngineConfig, FakeFaults, ModelConfig
 from serving.errors import Unavailable
+from tests.unit.test_billing import Kept, complete
 from tests.unit.test_gateway import AUTH, CHAT, COMPLETIONS, FAST, Rig, rig
 
 SLEEPS: dict[str, Any] = {"replicas": {"min": 0, "max": 2}, "autoscaling": {"start_s": 30.0}}
@@ -346,6 +348,41 @@ async def test_after_the_head_an_error_is_an_event(
         assert error["code"] == code
         await made.settled()
         assert made.total("galerne_requests_finished_total", outcome=outcome) == 1
+
+
+async def test_what_the_engine_refuses_costs_nothing_and_is_told_as_refused_though_it_was_held(tmp_path: Path) -> None:
+    config = SLEEPS | {"hold": {"keep_alive_s": 0.05}}
+    ledger = Kept(tmp_path)
+    engine = FakeEngineConfig(decode_ms=1, max_model_len=100)
+    quota = {"quota": {"tokens_per_day": 10**6}}
+    async with rig(engine, hidden=True, chat=config, ledger=ledger, tenant=quota) as made:
+        body = STREAM | {"max_tokens": 50, "messages": [{"role": "user", "content": "word " * 400}]}
+        task = asyncio.create_task(made.http.post(COMPLETIONS, headers=AUTH, json=body))
+        # Its head went out: what comes is an event.
+        await asyncio.sleep(0.2)
+        made.gateway.update_replicas("chat", made.endpoints)
+        assert '"code":400' in (await task).text.replace(" ", "")
+        await made.settled()
+        (row,) = await complete(ledger, 1)
+        assert (row.status, row.outcome, row.exact) == (400, "completed", True)
+        assert row.prompt_tokens == row.completion_tokens == 0
+        await made.gateway.quotas.settled()
+        standing = (await made.gateway.quotas.standing("press"))[1]
+        assert standing is not None
+        assert standing.used["day"] == 0
+        assert made.gateway.hold["chat"].queue.lane("press").service == 0
+        assert made.total("galerne_requests_total", route=COMPLETIONS, status="400") == 1
+
+
+async def test_a_held_stream_that_gets_no_replica_is_told_as_refused(tmp_path: Path) -> None:
+    ledger = Kept(tmp_path)
+    async with rig(chat=SLEEPS | {"hold": {"keep_alive_s": 0.05, "wait_s": 0.2}}, ledger=ledger) as made:
+        answer = await made.http.post(COMPLETIONS, headers=AUTH, json=STREAM)
+        assert answer.status_code == 200
+        assert "model_not_ready" in answer.text
+        (row,) = await complete(ledger, 1)
+        assert (row.status, row.outcome, row.exact) == (503, "rejected", True)
+        assert made.total("galerne_requests_total", route=COMPLETIONS, status="503") == 1
 
 
 async def test_a_client_that_leaves_leaves_the_hold() -> None:
