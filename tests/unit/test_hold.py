@@ -163,6 +163,47 @@ async def test_a_budget_holds_what_replicas_are_not_to_have() -> None:
     assert hold.turns == 0
 
 
+async def test_an_ejected_replica_is_no_capacity() -> None:
+    hold = one_hold(Clock(), Ends(), [], in_flight_per_replica=2)
+    hold.update(3)
+    hold.ejected(1)
+    tickets = [hold.enter("a", 1, 1000.0) for _ in range(7)]
+    assert hold.turns == 4
+    # The list is renewed while one is out, and it is still out.
+    hold.update(3)
+    assert hold.turns == 4
+    hold.ejected(0)
+    assert hold.turns == 6
+    # Never fewer than none, whoever is told first.
+    hold.ejected(2)
+    hold.update(1)
+    for ticket in tickets[:5]:
+        ticket.end()
+    assert hold.turns == 1
+    hold.ejected(0)
+    assert hold.turns == 2
+    for ticket in tickets[5:]:
+        ticket.end()
+    assert (hold.turns, hold.held()) == (0, {})
+
+
+async def test_a_gateway_gives_its_engines_what_those_that_are_not_ejected_compute() -> None:
+    async with rig(FAST, dead=1) as made:
+
+        def limit() -> float:
+            return made.total("galerne_in_flight_tokens_limit", model="chat")
+
+        both = limit()
+        while not made.gateway.health["chat"].ejections.out:
+            assert (await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT)).status_code == 200
+        assert limit() == both / 2
+        # With the ejected one off the list, what is left computes.
+        made.gateway.update_replicas("chat", made.endpoints[:1])
+        assert limit() == both / 2
+        made.gateway.update_replicas("chat", made.endpoints)
+        assert limit() == both
+
+
 async def test_retry_after_is_what_is_left_of_a_measured_start() -> None:
     clock = Clock()
     hold = one_hold(clock, Ends(), [], requests=1)
