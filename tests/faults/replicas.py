@@ -156,10 +156,12 @@ class Rig:
                 await asyncio.sleep(0.02)
 
 
-async def ask(port: int, key: str, max_tokens: int, *, stream: bool = True) -> str:
-    """One request as a client sees it: done, cut (an error event), broken, or the status of a refusal."""
+async def ask(port: int, key: str, max_tokens: int, *, stream: bool = True, **more: object) -> str:
+    """One request, with `more` in its body, as a client sees it: done, cut (an error event), broken, or the status of a
+    refusal.
+    """
     message = {"role": "user", "content": "hello there"}
-    body = {"model": "chat", "messages": [message], "max_tokens": max_tokens, "stream": stream}
+    body = {"model": "chat", "messages": [message], "max_tokens": max_tokens, "stream": stream} | more
     try:
         status, answer = await request(port, "POST", PATH, json.dumps(body).encode(), key)
     except (OSError, EOFError):
