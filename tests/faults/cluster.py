@@ -19,8 +19,6 @@ from tests.integration.running import KEY, RunningCluster, metric
 
 CHANGE_S = 180.0
 LOOK_EVERY_S = 0.1
-# What is promised of ejection, and what a machine that does other things too is left.
-EJECTED_S, MARGIN_S = 5.0, 5.0
 OUTCOMES = ("completed", "rejected", "failed", "cancelled")
 
 

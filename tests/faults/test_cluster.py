@@ -16,8 +16,8 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from tests.faults.cluster import EJECTED_S, MARGIN_S, Cluster, Seen
-from tests.faults.replicas import report
+from tests.faults.cluster import Cluster, Seen
+from tests.faults.replicas import EJECTED_S, MARGIN_S, report
 from tests.integration.conftest import CONFIGS, FAKE_START_TIMEOUT_S
 from tests.integration.running import cluster
 

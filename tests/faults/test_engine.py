@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import psutil
 import pytest
 
-from tests.faults.cluster import EJECTED_S, MARGIN_S, Cluster
-from tests.faults.replicas import report
+from tests.faults.cluster import Cluster
+from tests.faults.replicas import EJECTED_S, MARGIN_S, report
 from tests.integration.conftest import CONFIGS, ENGINE_START_TIMEOUT_S
 from tests.integration.running import cluster
 
