@@ -160,7 +160,7 @@ class Gateway:
         metrics.watch(self.replicas, self.hold)
         metrics.watch_ejections(self.health)
         self._tracer = None if config.tracing is None else tracing.tracer(config.tracing)
-        self._ops = Ops.of(config, self.replicas, self.hold, metrics, lambda: self._in_flight, clock)
+        self._ops = Ops.of(config, self.replicas, self.hold, self.health, metrics, lambda: self._in_flight, clock)
 
     def update_replicas(self, model: str, endpoints: tuple[Endpoint, ...]) -> None:
         """Take the cluster's current replicas of a model."""
