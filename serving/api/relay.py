@@ -18,13 +18,13 @@ from serving.api.body import ClientLeft, Receive, Send
 from serving.api.errors import sse_event
 from serving.api.exchange import Exchange, Sent
 from serving.api.hedge import Hedging
-from serving.api.retry import SERVER_ERROR, again_allowed, answered, failed_engine, is_failure, lost
+from serving.api.retry import again_allowed, answered, failed_engine, is_failure, lost
 from serving.api.upstream import Connection, Pool, UpstreamError
 from serving.api.watch import Watch
 from serving.cluster.edge import ENGINE_TOKEN_HEADER
 from serving.engine.load import GATEWAY_HEADER, signed
 from serving.errors import RateLimited, RequestError, Unavailable, UpstreamFailed
-from serving.metering.answers import EVENT_END, meter
+from serving.metering.answers import EVENT_END, SERVER_ERROR, EngineFailed, meter
 from serving.metering.best_known import best_known
 from serving.routing.health import Health
 from serving.routing.replicas import Lease, ReplicaSet
@@ -278,8 +278,7 @@ class Relay:
 
     async def _answer(self, exchange: Exchange, connection: Connection, send: Send, extra: Headers) -> None:
         status, chunk = await self._first(connection)
-        headers = [(n, v) for n, v in connection.headers if n in FORWARDED_HEADERS]
-        headers += extra
+        headers = [*((n, v) for n, v in connection.headers if n in FORWARDED_HEADERS), *extra]
         exchange.first_byte_s = last_s = self._clock()
         if exchange.turn is not None:
             exchange.turn.end()
@@ -319,6 +318,11 @@ class Relay:
             if held := (metered.feed(held) if held else b"") + metered.end():
                 sent_bytes += len(held)
                 await send({"type": "http.response.body", "body": held, "more_body": True})
+        except EngineFailed as failed:
+            connection.abort()
+            sent_bytes += len(failed.before)
+            await send({"type": "http.response.body", "body": failed.before, "more_body": True})
+            raise UpstreamError("server_error", "the engine failed in the middle of its answer") from None
         finally:
             exchange.sent_bytes = sent_bytes
             exchange.last_byte_s = last_s

@@ -197,8 +197,8 @@ class Memory:
 
 
 async def ask(port: int, key: str, max_tokens: int, *, stream: bool = True, **more: object) -> str:
-    """One request, with `more` in its body, as a client sees it: done, cut (an error event), broken, or the status of a
-    refusal.
+    """One request, with `more` in its body, as a client sees it: done, cut (the gateway's error event), error
+    (another one), broken, or the status of a refusal.
     """
     message = {"role": "user", "content": "hello there"}
     body = {"model": "chat", "messages": [message], "max_tokens": max_tokens, "stream": stream} | more
@@ -210,6 +210,8 @@ async def ask(port: int, key: str, max_tokens: int, *, stream: bool = True, **mo
         return str(status)
     if b"stream_cut" in answer:
         return "cut"
+    if b'data: {"error"' in answer:
+        return "error"
     return "done" if answer.rstrip().endswith(b"data: [DONE]" if stream else b"}") else "broken"
 
 

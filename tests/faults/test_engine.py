@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,18 +12,19 @@ import psutil
 import pytest
 
 from tests.faults.cluster import Cluster
-from tests.faults.replicas import EJECTED_S, MARGIN_S, report
+from tests.faults.replicas import EJECTED_S, MARGIN_S, ask, ask_many, report
 from tests.integration.conftest import CONFIGS, ENGINE_START_TIMEOUT_S
-from tests.integration.running import cluster
+from tests.integration.running import KEY, cluster
 
 pytestmark = [pytest.mark.engine, pytest.mark.faults, pytest.mark.timeout(1500)]
 
 CONFIG = CONFIGS / "faults-engine.yaml"
 PORT = 18370
 REPLICAS = 2
-CLIENTS = 8
-# Long enough that streams are in their middle, and within the model's length.
-TOKENS = 300
+# Streams that are in their middle when the core dies, and within the model's length.
+LONG, LONG_TOKENS = 4, 1900
+# Requests without a pause beside them: as many as may be on their second replica at once.
+SHORT, SHORT_TOKENS = 3, 4
 SUCCESSOR_S = 420.0
 
 
@@ -63,39 +65,53 @@ class Seen:
 
 async def test_an_engine_core_is_killed(broken: Cluster) -> None:
     await broken.until(lambda: len(broken.engines()) == REPLICAS, "two replicas")
-    before = broken.books()
-    async with broken.load(TOKENS, CLIENTS, ignore_eos=True) as seen:
-        victim, pid = next(iter(broken.engines().items()))
-        await broken.until(lambda: broken.under_way(victim) >= 2, "streams on the replica")
-        begun = broken.under_way(victim)
-        core_of(pid).kill()
+    long = asyncio.create_task(
+        ask_many(LONG, LONG, lambda: ask(PORT, KEY, LONG_TOKENS, ignore_eos=True)),
+    )
+    await broken.until(
+        lambda: sum(broken.gateway_metrics("galerne_time_to_first_token_seconds_count")) == LONG,
+        "streams' first tokens",
+    )
+    begun = {engine: broken.under_way(engine) for engine in broken.engines()}
+    victim = max(begun, key=begun.__getitem__)
+    async with broken.load(SHORT_TOKENS, SHORT, ignore_eos=True) as short:
+        assert not long.done()
+        core_of(broken.engines()[victim]).kill()
         found = Seen(broken)
         while found.out_s is None or time.monotonic() - found.began_s < EJECTED_S + MARGIN_S:
-            found.look()
+            await asyncio.to_thread(found.look)
             assert time.monotonic() - found.began_s < 60, "requests still go to the dead core's replica"
             await asyncio.sleep(0.05)
         left = broken.under_way(victim)
+    streams = await long
     new_s = await broken.until(
         lambda: len(broken.engines().keys() - {victim}) == REPLICAS, "the replica's successor", SUCCESSOR_S
     )
     books = await broken.settled()
     assert found.out_s is not None
+    seen = streams + short
     report(
         "engine core killed",
         seen,
         books,
-        on_it=begun,
+        streams=dict(streams),
+        on_it=begun[victim],
         no_new_requests_s=round(found.out_s, 2),
         last_failure_s=round(found.failed_s, 2),
         retries=sum(broken.gateway_metrics("galerne_retries_total", end="sent")),
         ejections=sum(broken.gateway_metrics("galerne_replica_ejections_total")),
         new_s=round(new_s),
     )
-    # What had begun there ends with an error event, everything else is whole.
-    assert set(seen) == {"done", "cut"}
-    assert 0 < seen["cut"] <= begun
-    assert books["failed"] - before["failed"] == seen["cut"]
-    assert books["completed"] - before["completed"] == seen["done"]
-    assert books["rejected"] == before["rejected"]
+    # What had begun there ends with an error event; everything else is whole, at the other replica where need be.
+    assert streams == Counter(cut=begun[victim], done=LONG - begun[victim])
+    assert set(short) <= {"done", "cut"}
+    assert short["cut"] <= SHORT
+    assert books == {
+        "accepted": sum(seen.values()),
+        "completed": seen["done"],
+        "rejected": 0,
+        "failed": seen["cut"],
+        "cancelled": 0,
+    }
     assert left == 0
     assert max(found.out_s, found.failed_s) <= EJECTED_S + MARGIN_S

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.api.retry import is_server_error
 from serving.config import FakeEngineConfig, FakeFaults
+from serving.metering.answers import is_server_error
 from serving.routing.ejection import FAILURES
 from serving.routing.replicas import Endpoint
 from serving.routing.retry_budget import LEAST, RetryBudget, allowed
@@ -90,6 +90,45 @@ async def test_an_engines_error_as_the_first_event_is_its_failure() -> None:
     async with rig(FAST, wrap=wrap) as made:
         answer = await made.http.post(COMPLETIONS, headers=AUTH, json=STREAM)
         assert answer.text.startswith(event.replace(b"500", b"400").decode())
+        assert made.total("galerne_retries_total") == 0
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("code", [500, 400])
+async def test_an_engine_that_fails_in_the_middle_of_a_stream_has_cut_it(
+    include_usage: bool, apart: bool, code: int
+) -> None:
+    # As vLLM goes on when its core is killed.
+    token = b'data: {"id":"1","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
+    error = b'data: {"error": {"message": "EngineCore /opt/x", "code": %d}}\n\n' % code
+
+    def wrap(app: Any) -> Any:
+        async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "http" or scope["method"] != "POST":
+                await app(scope, receive, send)
+                return
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            rest = [token, error + b"data: [DONE]\n\n"]
+            for body in (token, *(rest if apart else [b"".join(rest)])):
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await asyncio.sleep(0.05)
+            await send({"type": "http.response.body", "body": b""})
+
+        return wrapped
+
+    async with rig(FAST, wrap=wrap) as made:
+        body = STREAM | {"stream_options": {"include_usage": include_usage}}
+        text = (await made.http.post(COMPLETIONS, headers=AUTH, json=body)).text
+        await made.settled()
+        failed = code >= 500
+        assert text.startswith((token * 2).decode())
+        assert text.removeprefix((token * 2).decode()).count("data: ") == (1 if failed else 2)
+        assert ("stream_cut" in text, "EngineCore" in text) == (failed, not failed)
+        assert made.total("galerne_requests_finished_total", outcome="failed" if failed else "completed") == 1
+        assert made.total("galerne_streams_cut_total") == failed
+        assert made.total("galerne_upstream_errors_total", kind="server_error") == failed
         assert made.total("galerne_retries_total") == 0
 
 
