@@ -80,6 +80,7 @@ class ModelHold:
         self._counted_s = -math.inf
         self._bytes = 0
         self._ready = 0
+        self._ejected = 0
         self._unreachable: Timer | None = None
 
     # -- what the relay calls
@@ -116,10 +117,16 @@ class ModelHold:
     # -- what the cluster and the configuration tell
 
     def update(self, ready: int) -> None:
-        """Take the number of replicas that take requests."""
+        """Take the number of replicas that the cluster lists as ready."""
         self._ready = ready
-        self.in_flight.resize(ready)
+        self.in_flight.resize(self._computing)
         self._reachable_again()
+
+    def ejected(self, replicas: int) -> None:
+        """Take how many of them get no new requests: what they compute is not to be given to the others."""
+        self._ejected = replicas
+        self.in_flight.resize(self._computing)
+        self._refresh()
 
     def measured(self, start_s: float) -> None:
         """Take how long a replica of this model took to start."""
@@ -316,6 +323,11 @@ class ModelHold:
         if work.usage_exact and work.outcome == "completed" and work.facts is not None and usage.prompt_tokens:
             self._estimates.learn(work.facts, usage)
             self.in_flight.turnover(self._estimates.output_tokens)
+
+    @property
+    def _computing(self) -> int:
+        # Who has left may be counted as ejected for a moment yet.
+        return max(0, self._ready - self._ejected)
 
     @property
     def _reachable(self) -> int:

@@ -120,7 +120,7 @@ class Gateway:
         self.hold = Hold(config.models, config.tenants, clock=clock, on_need=wake, metrics=metrics)
         self._rng = rng
         self.quotas = quotas.of(config, metrics, limits_file, limits_password)
-        self.health = Health(config.models, clock, metrics)
+        self.health = Health(config.models, clock, metrics, lambda model, out: self.hold[model].ejected(out))
         faults = config.gateway.faults
         heard_for_s = PROBES_HEARD * faults.probe_interval_s
         self._watch = Watch(
@@ -161,18 +161,23 @@ class Gateway:
         metrics.watch(self.replicas, self.hold)
         metrics.watch_ejections(self.health)
         self._tracer = None if config.tracing is None else tracing.tracer(config.tracing)
-        self._ops = Ops.of(config, self.replicas, self.hold, metrics, lambda: self._ongoing.requests, clock)
+        self._ops = Ops.of(
+            config, self.replicas, self.hold, self.health, metrics, lambda: self._ongoing.requests, clock
+        )
 
     def update_replicas(self, model: str, endpoints: tuple[Endpoint, ...]) -> None:
         """Take the cluster's current replicas of a model."""
         known = self.replicas.endpoints(model)
         for gone in self.replicas.update(model, endpoints):
             self._pool.drop(gone)
+        for endpoint in endpoints:
+            self._pool.keep(endpoint)
+        # In this order: who is ejected and leaves must not be taken for one that is back.
+        self.hold[model].update(self.replicas.ready(model))
         self.health.update(model, endpoints)
         for endpoint in endpoints:
             if endpoint not in known:
                 self._facts.ask(model, endpoint)
-        self.hold[model].update(self.replicas.ready(model))
 
     def divide(self, gateways: int) -> None:
         """Take how many gateways, this one included, serve the same clients with the same engines."""

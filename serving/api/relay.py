@@ -18,13 +18,13 @@ from serving.api.body import ClientLeft, Receive, Send
 from serving.api.errors import sse_event
 from serving.api.exchange import Exchange, Sent
 from serving.api.hedge import Hedging
-from serving.api.retry import SERVER_ERROR, again_allowed, answered, failed_engine, is_failure, lost
+from serving.api.retry import again_allowed, answered, failed_engine, is_failure, lost
 from serving.api.upstream import Connection, Pool, UpstreamError
 from serving.api.watch import Watch
 from serving.cluster.edge import ENGINE_TOKEN_HEADER
 from serving.engine.load import GATEWAY_HEADER, signed
 from serving.errors import RateLimited, RequestError, Unavailable, UpstreamFailed
-from serving.metering.answers import EVENT_END, meter
+from serving.metering.answers import EVENT_END, SERVER_ERROR, EngineFailed, meter
 from serving.metering.best_known import best_known
 from serving.routing.health import Health
 from serving.routing.replicas import Lease, ReplicaSet
@@ -108,6 +108,7 @@ class Relay:
                 exchange.outcome = "rejected"
             if not exchange.head_sent:
                 raise
+            exchange.status = error.status
             await self._last_event(exchange, sse_event(error), send)
         except TimeoutError as error:  # from `bound`
             exchange.client_left = True
@@ -118,6 +119,9 @@ class Relay:
                 exchange.usage, exchange.usage_exact = best_known(exchange)
             if exchange.ticket is not None:
                 exchange.ticket.end()
+            if exchange.turn is not None:
+                # Its client left, or no replica was found, between its turn and another attempt.
+                exchange.turn.end()
 
     async def _attempt(
         self, exchange: Exchange, lease: Lease, connection: Connection, send: Send, headers: Headers
@@ -164,7 +168,6 @@ class Relay:
                 sent = await self._connect(exchange)
             if sent is None:
                 end = "no_replica"
-                exchange.turn.end()
         if exchange.client_left and sent is None:
             raise ClientLeft("the client left while another replica was sought")
         if end is not None:
@@ -275,8 +278,7 @@ class Relay:
 
     async def _answer(self, exchange: Exchange, connection: Connection, send: Send, extra: Headers) -> None:
         status, chunk = await self._first(connection)
-        headers = [(n, v) for n, v in connection.headers if n in FORWARDED_HEADERS]
-        headers += extra
+        headers = [*((n, v) for n, v in connection.headers if n in FORWARDED_HEADERS), *extra]
         exchange.first_byte_s = last_s = self._clock()
         if exchange.turn is not None:
             exchange.turn.end()
@@ -287,8 +289,9 @@ class Relay:
         if exchange.ticket is not None:
             exchange.ticket.answered()
         events = (b"content-type", EVENT_STREAM) in _types(connection)
+        # Also where the head of a held stream said 200 before: what the event says is what came of it.
+        exchange.status = status
         if not exchange.head_sent:
-            exchange.status = status
             await send({"type": "http.response.start", "status": status, "headers": headers})
         elif not events:
             await self._as_event(exchange, connection, chunk, send)
@@ -315,6 +318,11 @@ class Relay:
             if held := (metered.feed(held) if held else b"") + metered.end():
                 sent_bytes += len(held)
                 await send({"type": "http.response.body", "body": held, "more_body": True})
+        except EngineFailed as failed:
+            connection.abort()
+            sent_bytes += len(failed.before)
+            await send({"type": "http.response.body", "body": failed.before, "more_body": True})
+            raise UpstreamError("server_error", "the engine failed in the middle of its answer") from None
         finally:
             exchange.sent_bytes = sent_bytes
             exchange.last_byte_s = last_s

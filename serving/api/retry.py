@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from typing import Final, Protocol
 
-import msgspec
-
 from serving.api.upstream import FailureKind
 from serving.errors import RequestError, UpstreamFailed, UpstreamTimeout
+from serving.metering.answers import ERROR_EVENT, SERVER_ERROR, is_server_error
 from serving.metrics.table import RETRY_KINDS
 from serving.routing.ejection import Ejections
 from serving.routing.health import ModelHealth
@@ -27,9 +26,6 @@ from serving.routing.retry_budget import Turn
 MAX_REPLICAS: Final = 2
 # A dead replica's requests come all at once; they wait so long for their turns.
 TURN_WAIT_S: Final = 30.0
-# How vLLM begins a stream whose engine failed before the first token.
-ERROR_EVENT: Final = b'data: {"error"'
-SERVER_ERROR: Final = 500
 
 
 class Lost(Protocol):
@@ -86,21 +82,3 @@ def failed_engine(kind: FailureKind) -> RequestError:
 def is_failure(status: int, chunk: bytes) -> bool:
     """Whether an answer that begins so is a failure of the engine's, and none to relay."""
     return status >= SERVER_ERROR or (chunk.startswith(ERROR_EVENT) and is_server_error(chunk))
-
-
-class _Code(msgspec.Struct):
-    code: int | str | None = None
-
-
-class _Event(msgspec.Struct):
-    error: _Code
-
-
-def is_server_error(chunk: bytes) -> bool:
-    """Whether a stream's first event says that the engine failed, and not that the request is wrong."""
-    line = chunk.removeprefix(b"data: ").partition(b"\n")[0]
-    try:
-        code = msgspec.json.decode(line, type=_Event).error.code
-    except msgspec.DecodeError:
-        return False
-    return isinstance(code, int) and code >= SERVER_ERROR

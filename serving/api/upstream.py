@@ -247,7 +247,7 @@ class Connection(asyncio.Protocol):
 
 
 class Pool:
-    """Idle connections by engine endpoint. Used from one event loop only."""
+    """Idle connections, of those engines that are to be kept. Used from one event loop only."""
 
     def __init__(
         self,
@@ -261,10 +261,19 @@ class Pool:
         self._on_said = on_said
         self._idle: dict[Endpoint, deque[Connection]] = {}
 
+    def keep(self, endpoint: Endpoint) -> None:
+        """Keep this engine's connections for its next requests, until it is dropped."""
+        self._idle.setdefault(endpoint, deque())
+
+    def engines(self) -> frozenset[Endpoint]:
+        """Those whose connections are kept."""
+        return frozenset(self._idle)
+
     async def connection(self, endpoint: Endpoint) -> Connection:
         """An idle connection, or a new one; raises UpstreamError("connect")."""
         loop = asyncio.get_running_loop()
-        idle = self._idle.setdefault(endpoint, deque())
+        # An engine that was dropped may be asked still, about a bill or for its health; nothing is kept for it.
+        idle = self._idle.get(endpoint)
         while idle:
             connection = idle.pop()  # the latest used: the others grow old and expire
             if not connection.closed and loop.time() - connection.idle_since < IDLE_EXPIRY_S:
@@ -317,7 +326,7 @@ class Pool:
 
     def release(self, endpoint: Endpoint, connection: Connection) -> None:
         """Give a connection back: kept when its answer ended cleanly, closed otherwise."""
-        idle = self._idle.get(endpoint)  # None: the engine was dropped meanwhile
+        idle = self._idle.get(endpoint)
         if idle is not None and connection.reusable() and len(idle) < MAX_IDLE_PER_ENGINE:
             connection.idle_since = asyncio.get_running_loop().time()
             idle.append(connection)

@@ -139,8 +139,6 @@ class Watch:
         left = {a.endpoint for a in self._attempts} - listed.keys()
         self._dark_s = {e: since_s for e, since_s in self._dark_s.items() if e in listed or e in left}
         await asyncio.gather(*(self._probe(endpoint, listed.get(endpoint)) for endpoint in self._all(listed, left)))
-        for endpoint in left:
-            self._pool.drop(endpoint)
 
     @staticmethod
     def _all(listed: Iterable[Endpoint], left: Iterable[Endpoint]) -> Iterable[Endpoint]:

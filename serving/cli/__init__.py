@@ -120,21 +120,21 @@ def status(
     """Show models, replicas and queues of the cluster on this machine, live."""
     from dataclasses import asdict
 
-    from serving.cli import overview as view
+    from serving.cli.overview import read, view
 
     directory = state.state_dir(port)
     document = state.read(directory)
     if as_json:
-        print(json.dumps({"url": document["url"], "replicas": [asdict(r) for r in view.rows(document)]}))
+        print(json.dumps({"url": document["url"], **asdict(read(document))}))
         return
     if once or not console.is_terminal:
-        console.print(view.table(document, view.rows(document)))
+        console.print(view(document, read(document)))
         return
     with Live(console=console, auto_refresh=False) as live:
         while True:
             try:
                 document = state.read(directory)
-                live.update(view.table(document, view.rows(document)), refresh=True)
+                live.update(view(document, read(document)), refresh=True)
                 time.sleep(REFRESH_S)
             except KeyboardInterrupt:
                 return

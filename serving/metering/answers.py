@@ -36,6 +36,9 @@ USAGE_BYTES: Final = 2048
 HELD_BYTES: Final = 1024 * 1024
 MOST_CLOSINGS: Final = 8
 NOTHING: Final = Usage(0, 0)
+# How vLLM says in a stream that it cannot go on: before the first token or after any.
+ERROR_EVENT: Final = b'data: {"error"'
+SERVER_ERROR: Final = 500
 
 
 class _Details(msgspec.Struct):
@@ -81,6 +84,32 @@ _response_event = msgspec.json.Decoder(_ResponseEvent)
 _said = msgspec.json.Decoder(_Said)
 
 
+class _Code(msgspec.Struct):
+    code: int | str | None = None
+
+
+class _ErrorEvent(msgspec.Struct):
+    error: _Code
+
+
+class EngineFailed(Exception):
+    """An engine says in the middle of its stream that it failed; `before`: what the client is to have of it."""
+
+    def __init__(self, before: bytes) -> None:
+        super().__init__(before)
+        self.before = before
+
+
+def is_server_error(chunk: bytes) -> bool:
+    """Whether a stream's event says that the engine failed, and not that the request is wrong."""
+    line = chunk.removeprefix(b"data: ").partition(b"\n")[0]
+    try:
+        code = msgspec.json.decode(line, type=_ErrorEvent).error.code
+    except msgspec.DecodeError:
+        return False
+    return isinstance(code, int) and code >= SERVER_ERROR
+
+
 class Peer(Protocol):
     """The connection an answer comes from: remembers what its engine calls itself. None: it has not said so yet."""
 
@@ -107,7 +136,9 @@ class Meter:
 
 
 class StreamMeter(Meter):
-    """A stream of completions: its usage event, taken out unless `keep`."""
+    """A stream of completions: its usage event, taken out unless `keep`. Where the engine itself fails in the middle
+    of it, `feed` raises EngineFailed: how it says so, and in what words, is no client's.
+    """
 
     __slots__ = ("_held", "_keep", "_peer", "_plain")
 
@@ -128,11 +159,12 @@ class StreamMeter(Meter):
     def _searched(self, chunk: bytes) -> bytes:
         if USAGE_EVENT in chunk:
             return self._last(chunk)
-        if self._keep:
-            return chunk
+        # Within a text its quotes would be escaped.
+        if (at := chunk.find(ERROR_EVENT)) >= 0 and is_server_error(chunk[at:]):
+            raise EngineFailed(self.end() + chunk[:at])
         if self._held is not None:
             return self._hold(chunk)
-        if FINISHED in chunk:
+        if FINISHED in chunk and not self._keep:
             if self._peer.fingerprint is None:
                 return self._hold(chunk)
             return _marked(chunk, self._peer.fingerprint)

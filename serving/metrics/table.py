@@ -38,7 +38,7 @@ TABLE: tuple[Spec, ...] = (
         "galerne_requests",
         "counter",
         ("route", "model", "tenant", "status"),
-        "Requests answered, by HTTP status; 499: the client left first.",
+        "Requests answered, by HTTP status; 499: the client left first; of a held stream, what its error event says.",
     ),
     Spec(
         "galerne_requests_accepted",

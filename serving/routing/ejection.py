@@ -68,11 +68,15 @@ class Ejections:
         share: float,
         clock: Callable[[], float],
         on_ejected: Callable[[str, Reason], None],
+        on_out: Callable[[frozenset[str]], None] = lambda _: None,
     ) -> None:
-        """`on_ejected(replica, reason)` is called for each verdict, applied or not."""
+        """`on_ejected(replica, reason)` is called for each verdict, applied or not; `on_out(replicas)` whenever those
+        that are out become others.
+        """
         self._share = share
         self._clock = clock
         self._on_ejected = on_ejected
+        self._on_out = on_out
         self._live: frozenset[str] = frozenset()
         # Only replicas about which there is something to remember.
         self._records: dict[str, _Record] = {}
@@ -151,4 +155,7 @@ class Ejections:
 
     def _apply(self) -> None:
         verdicts = {r: record.verdict for r, record in self._records.items() if record.verdict is not None}
-        self.out = applied(verdicts, len(self._live), self._share)
+        out = applied(verdicts, len(self._live), self._share)
+        if out != self.out:
+            self.out = out
+            self._on_out(out)

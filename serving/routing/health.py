@@ -30,13 +30,21 @@ class ModelHealth:
 
     __slots__ = ("budget", "ejections", "endpoints", "stall_s")
 
-    def __init__(self, model: ModelConfig, clock: Callable[[], float], metrics: HealthMetrics) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        clock: Callable[[], float],
+        metrics: HealthMetrics,
+        on_out: Callable[[str, int], None],
+    ) -> None:
         def on_ejected(replica: str, reason: Reason) -> None:
             log.warning("replica ejected", model=model.id, replica=replica, reason=reason)
             metrics.ejected(model.id, replica, reason)
 
         self.budget = RetryBudget(model.faults.retry_share)
-        self.ejections = Ejections(model.faults.ejected_share, clock, on_ejected)
+        self.ejections = Ejections(
+            model.faults.ejected_share, clock, on_ejected, lambda out: on_out(model.id, len(out))
+        )
         self.endpoints: tuple[Endpoint, ...] = ()
         self.stall_s = model.faults.stall_s
 
@@ -44,8 +52,15 @@ class ModelHealth:
 class Health:
     """All models'. Used from one event loop only."""
 
-    def __init__(self, models: Iterable[ModelConfig], clock: Callable[[], float], metrics: HealthMetrics) -> None:
-        self._models = {model.id: ModelHealth(model, clock, metrics) for model in models}
+    def __init__(
+        self,
+        models: Iterable[ModelConfig],
+        clock: Callable[[], float],
+        metrics: HealthMetrics,
+        on_out: Callable[[str, int], None] = lambda *_: None,
+    ) -> None:
+        """`on_out(model, replicas)` is told how many of a model's replicas are out when that changes."""
+        self._models = {model.id: ModelHealth(model, clock, metrics, on_out) for model in models}
 
     def __getitem__(self, model: str) -> ModelHealth:
         """A model's; KeyError where there is no such model."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.api.app import Gateway
@@ -34,6 +36,10 @@ KEY = "sk-press"
 PATH = "/v1/chat/completions"
 START_S = 60.0
 SETTLE_S = 30.0
+# What is promised of ejection, and what a machine that does other things too is left.
+EJECTED_S, MARGIN_S = 5.0, 5.0
+# A gateway's memory after a scenario's last round, beside that after its first ones, which fill caches and buffers.
+ROUNDS, FIRST_ROUNDS, FLAT = 6, 2, 0.05
 # Forks of one process that has imported everything: an engine of its own starts in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.faults.replicas"])
@@ -115,6 +121,18 @@ class Rig:
     def ejected(self) -> frozenset[str]:
         return self.gateway.health["chat"].ejections.out
 
+    def strike(self, engine: Engine, number: signal.Signals) -> asyncio.Task[float]:
+        """Kill or stop an engine: seconds from then until the gateway's metric says that a replica is ejected."""
+        began_s = time.monotonic()
+        engine.signal(number)
+        return asyncio.create_task(self._ejected(began_s))
+
+    async def _ejected(self, began_s: float) -> float:
+        while not self.total("galerne_replicas_ejected", model="chat"):
+            assert time.monotonic() - began_s < SETTLE_S, "not ejected"
+            await asyncio.sleep(0.05)
+        return time.monotonic() - began_s
+
     def list(self, engines: list[Engine]) -> None:
         """Tell the gateway which replicas there are."""
         self.gateway.update_replicas("chat", tuple(e.endpoint for e in engines))
@@ -156,10 +174,34 @@ class Rig:
                 await asyncio.sleep(0.02)
 
 
-async def ask(port: int, key: str, max_tokens: int, *, stream: bool = True) -> str:
-    """One request as a client sees it: done, cut (an error event), broken, or the status of a refusal."""
+class Memory:
+    """What this process, the gateway's, has in memory after each round of a scenario."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._bytes: list[int] = []
+
+    def take(self) -> None:
+        """A round is over."""
+        gc.collect()
+        self._bytes.append(self._process.memory_info().rss)
+
+    @property
+    def mib(self) -> list[int]:
+        return [size >> 20 for size in self._bytes]
+
+    @property
+    def growth(self) -> float:
+        """From the first rounds to the last one, a part."""
+        return self._bytes[-1] / self._bytes[FIRST_ROUNDS - 1] - 1
+
+
+async def ask(port: int, key: str, max_tokens: int, *, stream: bool = True, **more: object) -> str:
+    """One request, with `more` in its body, as a client sees it: done, cut (the gateway's error event), error
+    (another one), broken, or the status of a refusal.
+    """
     message = {"role": "user", "content": "hello there"}
-    body = {"model": "chat", "messages": [message], "max_tokens": max_tokens, "stream": stream}
+    body = {"model": "chat", "messages": [message], "max_tokens": max_tokens, "stream": stream} | more
     try:
         status, answer = await request(port, "POST", PATH, json.dumps(body).encode(), key)
     except (OSError, EOFError):
@@ -168,6 +210,8 @@ async def ask(port: int, key: str, max_tokens: int, *, stream: bool = True) -> s
         return str(status)
     if b"stream_cut" in answer:
         return "cut"
+    if b'data: {"error"' in answer:
+        return "error"
     return "done" if answer.rstrip().endswith(b"data: [DONE]" if stream else b"}") else "broken"
 
 

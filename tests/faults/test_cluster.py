@@ -8,116 +8,34 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import pytest
 
-from tests.faults.replicas import ask, report
+from tests.faults.cluster import Cluster, Seen
+from tests.faults.replicas import EJECTED_S, MARGIN_S, report
 from tests.integration.conftest import CONFIGS, FAKE_START_TIMEOUT_S
-from tests.integration.running import KEY, RunningCluster, cluster, metric
+from tests.integration.running import cluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(1500)]
 
 CONFIG = CONFIGS / "faults.yaml"
 PORT = 18350
 REPLICAS = 3
-CHANGE_S = 180.0
-OUTCOMES = ("completed", "rejected", "failed", "cancelled")
-
-
-@dataclass
-class Cluster:
-    """The cluster, and what is done to it."""
-
-    running: RunningCluster
-
-    def process(self, name: str) -> psutil.Process:
-        """The process whose title or name begins so."""
-        return next(p for p in self.running.processes() if _named(p, name))
-
-    def engines(self) -> set[str]:
-        return {engine["replica_id"] for engine in self.running.state()["engines"]["chat"]}
-
-    def gateways(self) -> dict[str, int]:
-        return {gateway["replica_id"]: gateway["pid"] for gateway in self.running.state()["gateways"]}
-
-    def redeploy(self, version: str, replicas: int) -> None:
-        """Deploy again, from a process that knows the cluster's token as its own processes do."""
-        environ = psutil.Process(next(iter(self.gateways().values()))).environ()
-        raylet = self.process("raylet").cmdline()
-        gcs = next(a.partition("=")[2] for a in raylet if a.startswith(("--gcs-address=", "--gcs_address=")))
-        command = [sys.executable, "-m", "tests.faults.redeploy", gcs, str(CONFIG)]
-        token = self.running.state()["engine_token"]
-        subprocess.run([*command, token, version, str(replicas)], check=True, env=environ, timeout=120)
-
-    async def until(self, condition: Callable[[], bool], what: str) -> float:
-        began_s = time.monotonic()
-        while not condition():
-            assert time.monotonic() - began_s < CHANGE_S, f"never came: {what}"
-            await asyncio.sleep(0.2)
-        return time.monotonic() - began_s
-
-    def books(self) -> dict[str, int]:
-        """Of the gateways that live: what they accepted and how it ended."""
-        found: Counter[str] = Counter()
-        for gateway in self.running.state()["gateways"]:
-            url = f"http://127.0.0.1:{gateway['metrics_port']}/metrics"
-            found["accepted"] += int(metric(url, "galerne_requests_accepted_total"))
-            for outcome in OUTCOMES:
-                found[outcome] += int(metric(url, "galerne_requests_finished_total", outcome=outcome))
-        return {name: found[name] for name in ("accepted", *OUTCOMES)}
-
-    async def settled(self) -> dict[str, int]:
-        """Wait until engines and gateways have nothing under way; the books, which must add up."""
-
-        def idle() -> bool:
-            names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-            count = len(self.running.state()["engines"]["chat"])
-            return not any(self.running.engine_metric("chat", name, i) for name in names for i in range(count))
-
-        await self.until(idle, "engines with nothing in flight")
-        books = self.books()
-        assert books["accepted"] == sum(books[outcome] for outcome in OUTCOMES)
-        return books
-
-
-def _named(process: psutil.Process, name: str) -> bool:
-    try:
-        return process.name().startswith(name) or (process.cmdline() or [""])[0].startswith(name)
-    except psutil.Error:
-        return False
+# 1,500 tokens, 40 ms each.
+LONG_S, LONG_TOKENS = 60.0, 1500
+# An update waits for streams of this length, of one replica after the other.
+LONG_CHANGE_S = 900.0
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(CONFIG, tmp_path_factory.mktemp("faults"), FAKE_START_TIMEOUT_S) as running:
-        yield Cluster(running)
-
-
-@asynccontextmanager
-async def load(max_tokens: int, at_once: int) -> AsyncIterator[Counter[str]]:
-    """Streams without a pause while the block lasts; what came of each is in the counter at its end."""
-    seen: Counter[str] = Counter()
-    over = asyncio.Event()
-
-    async def worker() -> None:
-        while not over.is_set():
-            seen[await ask(PORT, KEY, max_tokens)] += 1
-
-    workers = [asyncio.create_task(worker()) for _ in range(at_once)]
-    await asyncio.sleep(1.0)
-    try:
-        yield seen
-    finally:
-        over.set()
-        await asyncio.gather(*workers)
+        yield Cluster(running, CONFIG, PORT)
 
 
 @contextmanager
@@ -134,7 +52,7 @@ async def test_the_control_plane_stops_and_nobody_notices(broken: Cluster) -> No
     for name in ("ray::ServeController", "gcs_server"):
         before = broken.books()
         with stopped(broken.process(name)):
-            async with load(25, 8) as seen:
+            async with broken.load(25, 8) as seen:
                 await asyncio.sleep(5)
         books = await broken.settled()
         report(f"{name} stopped", seen, books)
@@ -144,65 +62,98 @@ async def test_the_control_plane_stops_and_nobody_notices(broken: Cluster) -> No
 
 async def test_a_replica_dies_while_the_controller_is_stopped(broken: Cluster) -> None:
     with stopped(broken.process("ray::ServeController")):
-        async with load(1, 8) as seen:
+        async with broken.load(1, 8) as seen:
             gone = broken.running.state()["engines"]["chat"][0]
             os.kill(gone["pid"], signal.SIGKILL)
+            # Until one of the gateways has it out, as its own metric says.
+            first_s = await broken.until(
+                lambda: any(broken.gateway_metrics("galerne_replica_ejections_total")), "an ejection"
+            )
             await asyncio.sleep(4)
-    ejections = [_gateway_metric(g["metrics_port"], "galerne_replica_ejections_total") for g in _gateways(broken)]
+    ejections = broken.gateway_metrics("galerne_replica_ejections_total")
     gone_s = await broken.until(
-        lambda: len(broken.engines() - {gone["replica_id"]}) == REPLICAS, "the replica's successor"
+        lambda: len(broken.engines().keys() - {gone["replica_id"]}) == REPLICAS, "the replica's successor"
     )
-    report("replica killed, controller stopped", seen, await broken.settled(), ejections=ejections, new_s=round(gone_s))
+    books = await broken.settled()
+    report(
+        "replica killed, controller stopped",
+        seen,
+        books,
+        ejections=ejections,
+        ejected_s=round(first_s, 1),
+        new_s=round(gone_s),
+    )
     # A first and only token: either it had come, or nothing had.
     assert set(seen) <= {"done", "cut"}
     assert seen["cut"] <= 8
     assert sum(ejections) >= 1
+    assert first_s <= EJECTED_S + MARGIN_S
 
 
-def _gateways(broken: Cluster) -> list[dict[str, int]]:
-    return list(broken.running.state()["gateways"])
-
-
-def _gateway_metric(port: int, name: str) -> int:
-    return int(metric(f"http://127.0.0.1:{port}/metrics", name))
-
-
-async def test_rolling_update_cuts_no_stream(broken: Cluster) -> None:
-    engines, gateways = broken.engines(), set(broken.gateways())
+async def test_rolling_update_cuts_no_stream_of_a_minute(broken: Cluster) -> None:
+    engines, gateways = broken.engines(), broken.gateways()
 
     def updated() -> bool:
         return (
-            not (engines & broken.engines() or gateways & broken.gateways().keys())
+            not (engines.keys() & broken.engines() or gateways.keys() & broken.gateways())
             and len(broken.engines()) == REPLICAS
             and len(broken.gateways()) == len(gateways)
         )
 
-    async with load(50, 8) as seen:
-        await asyncio.to_thread(broken.redeploy, "2", REPLICAS)
-        update_s = await broken.until(updated, "every gateway and engine replaced")
-    report("rolling update", seen, await broken.settled(), update_s=round(update_s))
-    assert set(seen) == {"done"}
-
-
-async def test_scale_down_cuts_no_stream(broken: Cluster) -> None:
-    engines, gateways = broken.engines(), set(broken.gateways())
-    async with load(100, 8) as seen:
-        await asyncio.to_thread(broken.redeploy, "2", 1)
-        await broken.until(lambda: len(broken.engines()) == 1, "one replica")
-        # The streams of those that drain.
+    old = (*engines.values(), *gateways.values())
+    async with broken.load(LONG_TOKENS, 8) as seen:
         await asyncio.sleep(5)
-    report("scale-down", seen, await broken.settled())
-    assert set(seen) == {"done"}
+        on_old = sum(broken.under_way(engine) for engine in engines)
+        began_s = time.monotonic()
+        await asyncio.to_thread(broken.redeploy, "2", REPLICAS)
+        await broken.until(updated, "every gateway and engine replaced", LONG_CHANGE_S)
+        update_s = time.monotonic() - began_s
+        await broken.until(lambda: not any(map(psutil.pid_exists, old)), "the old ones' end", LONG_CHANGE_S)
+        drain_s = time.monotonic() - began_s
+    books = await broken.settled()
+    _report_long("rolling update", seen, books, on_old, update_s=round(update_s), drain_s=round(drain_s))
+    assert on_old == 8
+
+
+async def test_scale_down_cuts_no_stream_of_a_minute(broken: Cluster) -> None:
+    engines, gateways = broken.engines(), broken.gateways()
+    async with broken.load(LONG_TOKENS, 8) as seen:
+        await asyncio.sleep(5)
+        under_way = {engine: broken.under_way(engine) for engine in engines}
+        began_s = time.monotonic()
+        await asyncio.to_thread(broken.redeploy, "2", 1)
+        await broken.until(lambda: len(broken.engines()) == 1, "one replica", LONG_CHANGE_S)
+        unlisted_s = time.monotonic() - began_s
+        gone = engines.keys() - broken.engines()
+        await broken.until(
+            lambda: not any(psutil.pid_exists(engines[engine]) for engine in gone), "the others' end", LONG_CHANGE_S
+        )
+        drain_s = time.monotonic() - began_s
+    on_gone = sum(under_way[engine] for engine in gone)
+    books = await broken.settled()
+    _report_long("scale-down", seen, books, on_gone, unlisted_s=round(unlisted_s, 1), drain_s=round(drain_s))
+    assert on_gone > 0
+    # They went when their streams had ended, and not before.
+    assert drain_s > LONG_S / 2
     # It was no update: one of the old ones is left.
-    assert broken.engines() < engines
-    assert set(broken.gateways()) == gateways
+    assert broken.engines().items() < engines.items()
+    assert broken.gateways() == gateways
+
+
+def _report_long(scenario: str, seen: Seen, books: dict[str, int], on_leaving: int, **more: float) -> None:
+    """Print the counts of streams of a minute: all of them whole, and as long as they were to be."""
+    whole, cut = seen["done"], sum(seen.values()) - seen["done"]
+    spans_s = [round(min(seen.whole_s)), round(max(seen.whole_s))] if seen.whole_s else []
+    report(scenario, seen, books, whole=whole, cut=cut, on_replicas_that_leave=on_leaving, lasted_s=spans_s, **more)
+    assert cut == 0
+    assert min(seen.whole_s) >= LONG_S
 
 
 async def test_a_gateway_is_killed(broken: Cluster) -> None:
     gateways = broken.gateways()
     assert len(gateways) == 2
     gone, pid = next(iter(gateways.items()))
-    async with load(25, 8) as seen:
+    async with broken.load(25, 8) as seen:
         os.kill(pid, signal.SIGKILL)
         await broken.until(lambda: gone not in broken.gateways(), "the killed gateway off the list")
         during = Counter(seen)

@@ -20,8 +20,8 @@ def test_what_is_logged_meanwhile_is_not_in_the_answer(monkeypatch: pytest.Monke
         return {"url": "http://127.0.0.1:8000"}
 
     monkeypatch.setattr(state, "read", read)
-    monkeypatch.setattr(overview, "rows", lambda _: [])
+    monkeypatch.setattr(overview, "read", lambda _: overview.Overview((), (), {}))
     answer = CliRunner().invoke(cli.app, ["status", "--json"])
     assert answer.exit_code == 0, answer.output
-    assert json.loads(answer.stdout) == {"url": "http://127.0.0.1:8000", "replicas": []}
+    assert json.loads(answer.stdout) == {"url": "http://127.0.0.1:8000", "replicas": [], "models": [], "shed": {}}
     assert "something happened" in answer.stderr

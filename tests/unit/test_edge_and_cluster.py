@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 from serving.cli import state
-from serving.cli.overview import rows
 from serving.cluster.environment import environment, haproxy_connections
 from serving.cluster.haproxy import ERRORS, EdgeLimits, harden, write_error_files
 from serving.cluster.processes import ENV_TAKES_TURNS, descendants, end_descendants, free_port, port_is_free
@@ -251,20 +250,6 @@ def test_state_is_private_and_read_back(tmp_path: Path) -> None:
     assert state.read(directory)["models"] == {"m": "generate"}
     assert (directory / state.STATE_FILE).stat().st_mode & 0o077 == 0
     assert state.read(directory)["pids"] == {"gateway": [], "engine": [], "haproxy": []}
-
-
-def test_overview_reads_what_engines_and_gateways_say() -> None:
-    document = {
-        "models": {"m": "generate"},
-        "gateways": [{"metrics_port": 1}],
-        "engines": {"m": [{"replica_id": "r", "host": "h", "port": 2}]},
-    }
-    texts = {
-        "http://127.0.0.1:1/metrics": '# TYPE galerne_replica_in_flight gauge\ngalerne_replica_in_flight{model="m",replica="r"} 3\n',
-        "http://h:2/metrics": "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 2\n",
-    }
-    (row,) = rows(document, texts.__getitem__)
-    assert (row.in_flight, row.running, row.waiting) == (3, 2.0, None)
 
 
 def test_haproxy_takes_more_connections_than_the_gateways_accept_but_no_more_than_it_has_files() -> None:

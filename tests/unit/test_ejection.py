@@ -21,8 +21,9 @@ class Rig:
     def __init__(self, *replicas: str, share: float = 0.5) -> None:
         self.now_s = 100.0
         self.told: list[tuple[str, str]] = []
+        self.outs: list[frozenset[str]] = []
         self.ejections = Ejections(
-            share, lambda: self.now_s, lambda replica, reason: self.told.append((replica, reason))
+            share, lambda: self.now_s, lambda replica, reason: self.told.append((replica, reason)), self.outs.append
         )
         self.ejections.update(replicas)
 
@@ -37,6 +38,22 @@ class Rig:
     @property
     def out(self) -> set[str]:
         return set(self.ejections.out)
+
+
+def test_who_is_out_is_told_when_it_changes_and_only_then() -> None:
+    rig = Rig("a", "b")
+    rig.fail("a", FAILURES - 1)
+    assert rig.outs == []
+    rig.fail("a")
+    rig.probe("a", healthy=False, times=PROBES)
+    rig.ejections.update(["a", "b"])
+    assert rig.outs == [frozenset("a")]
+    rig.now_s += PENALTY_S
+    rig.probe("a", healthy=True)
+    assert rig.outs == [frozenset("a"), frozenset()]
+    rig.fail("a", 1)
+    rig.ejections.update(["b"])
+    assert rig.outs[2:] == [frozenset("a"), frozenset()]
 
 
 def test_failures_in_a_row_eject_and_an_answer_between_does_not() -> None:

@@ -58,6 +58,7 @@ class Rig:
         assert all(n == 0 for replicas in self.gateway.replicas.snapshot().values() for n in replicas.values())
         for _, hold in self.gateway.hold.items():
             assert (hold.held(), hold.held_bytes, hold.turns) == ({}, 0, 0)
+        assert all(health.budget.active == 0 for _, health in self.gateway.health.items())
 
 
 # Waiting for a replica is test_hold's.
@@ -133,6 +134,7 @@ async def rig(
         try:
             yield made
             await made.settled()
+            assert all(health.budget.retrying == 0 for _, health in app.health.items())
         finally:
             await http.aclose()
             app.close()

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from serving.admission.ticket import Ticket
 from serving.admission.waking import ASK_AGAIN_S, OVERDUE_RETRY_S
 from serving.config import FakeEngineConfig, FakeFaults, ModelConfig
 from serving.errors import Unavailable
+from tests.unit.test_billing import Kept, complete
 from tests.unit.test_gateway import AUTH, CHAT, COMPLETIONS, FAST, Rig, rig
 
 SLEEPS: dict[str, Any] = {"replicas": {"min": 0, "max": 2}, "autoscaling": {"start_s": 30.0}}
@@ -159,6 +161,47 @@ async def test_a_budget_holds_what_replicas_are_not_to_have() -> None:
     for ticket in (second, third):
         ticket.end()
     assert hold.turns == 0
+
+
+async def test_an_ejected_replica_is_no_capacity() -> None:
+    hold = one_hold(Clock(), Ends(), [], in_flight_per_replica=2)
+    hold.update(3)
+    hold.ejected(1)
+    tickets = [hold.enter("a", 1, 1000.0) for _ in range(7)]
+    assert hold.turns == 4
+    # The list is renewed while one is out, and it is still out.
+    hold.update(3)
+    assert hold.turns == 4
+    hold.ejected(0)
+    assert hold.turns == 6
+    # Never fewer than none, whoever is told first.
+    hold.ejected(2)
+    hold.update(1)
+    for ticket in tickets[:5]:
+        ticket.end()
+    assert hold.turns == 1
+    hold.ejected(0)
+    assert hold.turns == 2
+    for ticket in tickets[5:]:
+        ticket.end()
+    assert (hold.turns, hold.held()) == (0, {})
+
+
+async def test_a_gateway_gives_its_engines_what_those_that_are_not_ejected_compute() -> None:
+    async with rig(FAST, dead=1) as made:
+
+        def limit() -> float:
+            return made.total("galerne_in_flight_tokens_limit", model="chat")
+
+        both = limit()
+        while not made.gateway.health["chat"].ejections.out:
+            assert (await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT)).status_code == 200
+        assert limit() == both / 2
+        # With the ejected one off the list, what is left computes.
+        made.gateway.update_replicas("chat", made.endpoints[:1])
+        assert limit() == both / 2
+        made.gateway.update_replicas("chat", made.endpoints)
+        assert limit() == both
 
 
 async def test_retry_after_is_what_is_left_of_a_measured_start() -> None:
@@ -346,6 +389,41 @@ async def test_after_the_head_an_error_is_an_event(
         assert error["code"] == code
         await made.settled()
         assert made.total("galerne_requests_finished_total", outcome=outcome) == 1
+
+
+async def test_what_the_engine_refuses_costs_nothing_and_is_told_as_refused_though_it_was_held(tmp_path: Path) -> None:
+    config = SLEEPS | {"hold": {"keep_alive_s": 0.05}}
+    ledger = Kept(tmp_path)
+    engine = FakeEngineConfig(decode_ms=1, max_model_len=100)
+    quota = {"quota": {"tokens_per_day": 10**6}}
+    async with rig(engine, hidden=True, chat=config, ledger=ledger, tenant=quota) as made:
+        body = STREAM | {"max_tokens": 50, "messages": [{"role": "user", "content": "word " * 400}]}
+        task = asyncio.create_task(made.http.post(COMPLETIONS, headers=AUTH, json=body))
+        # Its head went out: what comes is an event.
+        await asyncio.sleep(0.2)
+        made.gateway.update_replicas("chat", made.endpoints)
+        assert '"code":400' in (await task).text.replace(" ", "")
+        await made.settled()
+        (row,) = await complete(ledger, 1)
+        assert (row.status, row.outcome, row.exact) == (400, "completed", True)
+        assert row.prompt_tokens == row.completion_tokens == 0
+        await made.gateway.quotas.settled()
+        standing = (await made.gateway.quotas.standing("press"))[1]
+        assert standing is not None
+        assert standing.used["day"] == 0
+        assert made.gateway.hold["chat"].queue.lane("press").service == 0
+        assert made.total("galerne_requests_total", route=COMPLETIONS, status="400") == 1
+
+
+async def test_a_held_stream_that_gets_no_replica_is_told_as_refused(tmp_path: Path) -> None:
+    ledger = Kept(tmp_path)
+    async with rig(chat=SLEEPS | {"hold": {"keep_alive_s": 0.05, "wait_s": 0.2}}, ledger=ledger) as made:
+        answer = await made.http.post(COMPLETIONS, headers=AUTH, json=STREAM)
+        assert answer.status_code == 200
+        assert "model_not_ready" in answer.text
+        (row,) = await complete(ledger, 1)
+        assert (row.status, row.outcome, row.exact) == (503, "rejected", True)
+        assert made.total("galerne_requests_total", route=COMPLETIONS, status="503") == 1
 
 
 async def test_a_client_that_leaves_leaves_the_hold() -> None:

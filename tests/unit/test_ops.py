@@ -184,11 +184,16 @@ def test_the_state_tells_of_replicas_holds_targets_and_tenants_and_keeps_secrets
         metrics.answered("/v1/chat/completions", "chat", "press", "499", 0.0)
         metrics._slo_ttft("chat", "press", "true").inc(3)
         metrics._slo_ttft("chat", "press", "false").inc()
+        app.health["chat"].ejections.stalled("r1")
+        metrics._cut("chat").inc(2)
+        metrics.shed("memory")
         answer = ask(app, STATE, ADMIN)
     state = answer.json()
     chat, vectors = state["models"]
     assert sorted(r["in_flight"] for r in chat["replicas"]) == [0, 1]
     assert (chat["state"], vectors["state"]) == ("ready", "no replica")
+    assert [(m["ejected"], m["streams_cut"]) for m in (chat, vectors)] == [(1, 2), (0, 0)]
+    assert state["gateway"]["shed"] == {"memory": 1}
     assert chat["slo"] == [{"name": "ttft", "target_s": 1.0, "requests": 4, "attainment": 0.75, "attainment_1h": None}]
     press = state["tenants"][0]
     assert (press["requests"], press["refused"]) == (3, {"429": 1})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -12,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.api.retry import is_server_error
 from serving.config import FakeEngineConfig, FakeFaults
+from serving.metering.answers import is_server_error
 from serving.routing.ejection import FAILURES
+from serving.routing.replicas import Endpoint
 from serving.routing.retry_budget import LEAST, RetryBudget, allowed
 from tests.unit.test_gateway import AUTH, CHAT, COMPLETIONS, FAST, Rig, rig
 
@@ -90,6 +93,45 @@ async def test_an_engines_error_as_the_first_event_is_its_failure() -> None:
         assert made.total("galerne_retries_total") == 0
 
 
+@pytest.mark.parametrize("include_usage", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("code", [500, 400])
+async def test_an_engine_that_fails_in_the_middle_of_a_stream_has_cut_it(
+    include_usage: bool, apart: bool, code: int
+) -> None:
+    # As vLLM goes on when its core is killed.
+    token = b'data: {"id":"1","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
+    error = b'data: {"error": {"message": "EngineCore /opt/x", "code": %d}}\n\n' % code
+
+    def wrap(app: Any) -> Any:
+        async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "http" or scope["method"] != "POST":
+                await app(scope, receive, send)
+                return
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            rest = [token, error + b"data: [DONE]\n\n"]
+            for body in (token, *(rest if apart else [b"".join(rest)])):
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await asyncio.sleep(0.05)
+            await send({"type": "http.response.body", "body": b""})
+
+        return wrapped
+
+    async with rig(FAST, wrap=wrap) as made:
+        body = STREAM | {"stream_options": {"include_usage": include_usage}}
+        text = (await made.http.post(COMPLETIONS, headers=AUTH, json=body)).text
+        await made.settled()
+        failed = code >= 500
+        assert text.startswith((token * 2).decode())
+        assert text.removeprefix((token * 2).decode()).count("data: ") == (1 if failed else 2)
+        assert ("stream_cut" in text, "EngineCore" in text) == (failed, not failed)
+        assert made.total("galerne_requests_finished_total", outcome="failed" if failed else "completed") == 1
+        assert made.total("galerne_streams_cut_total") == failed
+        assert made.total("galerne_upstream_errors_total", kind="server_error") == failed
+        assert made.total("galerne_retries_total") == 0
+
+
 @pytest.mark.parametrize(
     ("chunk", "expected"),
     [
@@ -153,6 +195,87 @@ async def test_a_client_that_leaves_while_it_waits_for_a_turn_gives_its_place_ba
         for turn in turns:
             assert turn is not None
             turn.end()
+        assert budget.retrying == 0
+
+
+@asynccontextmanager
+async def black_hole() -> AsyncIterator[Endpoint]:
+    """A replica that no connection reaches: its backlog is full."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        full = [socket.socket() for _ in range(3)]
+        for one in full:
+            one.setblocking(False)
+            one.connect_ex(listening.getsockname())
+        try:
+            yield Endpoint("hole", *listening.getsockname())
+        finally:
+            for one in full:
+                one.close()
+
+
+async def test_a_client_that_leaves_while_another_replica_is_sought_gives_its_turn_back() -> None:
+    wrap, served = dies(10**9)
+    async with rig(FAST, wrap=wrap, connect_timeout_s=0.5) as made, black_hole() as hole:
+        budget = made.gateway.health["chat"].budget
+        asked = asyncio.create_task(made.http.post(COMPLETIONS, headers=AUTH, json=STREAM))
+        while not served[0]:
+            await asyncio.sleep(0)
+        made.gateway.update_replicas("chat", (*made.endpoints, hole))
+        while not budget.retrying:
+            assert not asked.done()
+            await asyncio.sleep(0.01)
+        asked.cancel()
+        await made.settled()
+        assert made.total("galerne_requests_finished_total", outcome="cancelled") == 1
+        assert budget.retrying == 0
+
+
+async def test_a_client_that_leaves_as_its_turn_comes_gives_it_back() -> None:
+    wrap, served = dies(1)
+    async with rig(FAST, FAST, wrap=wrap) as made:
+        budget = made.gateway.health["chat"].budget
+        turns = [await budget.turn(0) for _ in range(LEAST)]
+        left = asyncio.Event()
+        body = json.dumps(STREAM).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            pass
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": COMPLETIONS,
+            "raw_path": COMPLETIONS.encode(),
+            "query_string": b"",
+            "client": ("127.0.0.1", 1),
+            "headers": [(b"authorization", AUTH["authorization"].encode()), (b"content-length", b"%d" % len(body))],
+        }
+        made.gateway.update_replicas("chat", made.endpoints[:1])
+        asked = asyncio.create_task(made.gateway(scope, receive, send))
+        while not served[0]:
+            await asyncio.sleep(0)
+        made.gateway.update_replicas("chat", made.endpoints)
+        while not budget._waiting:
+            assert not asked.done()
+            await asyncio.sleep(0)
+        # In one turn of the loop.
+        for turn in turns:
+            assert turn is not None
+            turn.end()
+        left.set()
+        await asked
+        await made.settled()
+        assert made.total("galerne_requests_finished_total", outcome="cancelled") == 1
+        assert served == [1, 0]
         assert budget.retrying == 0
 
 

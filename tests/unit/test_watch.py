@@ -49,6 +49,8 @@ class Bench:
         self.health = Health(models, clock, GatewayMetrics(clock))
         self.health.update("chat", (self.endpoint, *others))
         self.pool = Pool(1.0)
+        for endpoint in (self.endpoint, *others):
+            self.pool.keep(endpoint)
         self.watch = Watch(
             self.pool,
             self.health,

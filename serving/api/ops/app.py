@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any, Final
 
 from serving.api.ops.cluster import NO_CLUSTER, Cluster, Facts
-from serving.api.ops.state import Counted, Counts, Holds, Loads, Own, counted, document
+from serving.api.ops.state import Counted, Counts, Ejected, Holds, Loads, Own, counted, document
 from serving.config import GalerneConfig
 from serving.errors import MethodNotAllowed
 
@@ -83,6 +83,7 @@ class Ops:
         config: GalerneConfig,
         loads: Loads,
         holds: Holds,
+        health: Ejected,
         counts: Counts,
         in_flight: Callable[[], int],
         clock: Callable[[], float],
@@ -90,7 +91,7 @@ class Ops:
         """The page of a configuration."""
         settings = config.prometheus
         cluster = None if settings is None else Cluster(settings.url, settings.query_timeout_s, clock)
-        own = Own(loads, holds, counts, in_flight)
+        own = Own(loads, holds, health, counts, in_flight)
         return cls(config, own, cluster, clock=clock)
 
     def follow(self, config: GalerneConfig) -> None:

@@ -45,6 +45,13 @@ class Holds(Protocol):
         """Every model with its hold."""
 
 
+class Ejected(Protocol):
+    """What is read of the replicas' health."""
+
+    def ejected(self) -> Iterable[tuple[str, int]]:
+        """Each model with the number of its ejected replicas."""
+
+
 class Counts(Protocol):
     """What is read of the gateway's metrics."""
 
@@ -58,6 +65,7 @@ class Own:
 
     loads: Loads
     holds: Holds
+    health: Ejected
     counts: Counts
     in_flight: Callable[[], int]
 
@@ -70,6 +78,10 @@ class Counted:
     objectives: Mapping[str, Mapping[str, float]]
     in_flight_by_model: Mapping[str, float]
     in_flight_by_tenant: Mapping[str, float]
+    # Streams that broke off, by model.
+    cut: Mapping[str, float]
+    # Requests refused because the gateway has too much of something, by why.
+    shed: Mapping[str, float]
     received_bytes: Mapping[str, float]
     sent_bytes: Mapping[str, float]
     # By kind/tenant.
@@ -89,6 +101,8 @@ def counted(counts: Counts) -> Counted:
         objectives={name: _by(counts.counts(metric), "met", "model") for name, metric in OBJECTIVES.items()},
         in_flight_by_model=_by(in_flight, "model"),
         in_flight_by_tenant=_by(in_flight, "tenant"),
+        cut=_by(counts.counts("galerne_streams_cut"), "model"),
+        shed=_by(counts.counts("galerne_requests_shed"), "reason"),
         received_bytes=_by(counts.counts("galerne_request_bytes"), "tenant"),
         sent_bytes=_by(counts.counts("galerne_response_bytes"), "tenant"),
         tokens=_by(counts.counts("galerne_tokens"), "kind", "tenant"),
@@ -98,16 +112,20 @@ def counted(counts: Counts) -> Counted:
 
 def document(config: GalerneConfig, own: Own, sums: Counted, facts: Facts) -> dict[str, Any]:
     """The whole state; to be called on the gateway's event loop."""
-    replicas, holds = own.loads.snapshot(), dict(own.holds.items())
+    replicas, holds, ejected = own.loads.snapshot(), dict(own.holds.items()), dict(own.health.ejected())
     return {
         "version": __version__,
         "gateway": {
             "in_flight": own.in_flight(),
             "most_in_flight": config.gateway.max_ongoing_requests,
+            "shed": {reason: int(count) for reason, count in sums.shed.items() if count},
             "of": facts.gateways,
             "may_be_several": config.gateway.bounds.max > 1,
         },
-        "models": [_model(model, replicas.get(model.id, {}), holds[model.id], sums, facts) for model in config.models],
+        "models": [
+            _model(model, replicas.get(model.id, {}), ejected.get(model.id, 0), holds[model.id], sums, facts)
+            for model in config.models
+        ],
         "tenants": [_tenant(tenant, sums, facts) for tenant in config.tenants],
         "changes": [asdict(change) for change in facts.changes],
     }
@@ -116,6 +134,7 @@ def document(config: GalerneConfig, own: Own, sums: Counted, facts: Facts) -> di
 def _model(
     model: ModelConfig,
     replicas: Mapping[str, int],
+    ejected: int,
     hold: HeldRequests,
     sums: Counted,
     facts: Facts,
@@ -133,7 +152,9 @@ def _model(
             {"id": replica, "in_flight": count, "cluster": dict(facts.replicas.get((model.id, replica), {}))}
             for replica, count in replicas.items()
         ],
+        "ejected": ejected,
         "in_flight": int(sums.in_flight_by_model.get(model.id, 0)),
+        "streams_cut": int(sums.cut.get(model.id, 0)),
         "held": waiting,
         "held_oldest_s": round(hold.oldest_s(), 1),
         "slo": [

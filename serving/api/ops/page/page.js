@@ -65,8 +65,10 @@
     const pairs = [
       ["replicas ready", `${found.replicas.length} (${range})`],
       ["target", cluster.target == null ? NONE : [count(cluster.target), cluster.stale ? el("span", " held: stale", "soft") : ""]],
+      ["ejected here", found.ejected ? el("span", count(found.ejected), "bad") : "0"],
       ["in flight here", count(found.in_flight)],
       ["held here", held ? el("span", `${count(held)}, oldest ${seconds(found.held_oldest_s)}`, "soft") : "0"],
+      ["streams cut here", found.streams_cut ? el("span", count(found.streams_cut), "soft") : "0"],
       ["arrivals", cluster.arrivals_rps == null ? NONE : `${cluster.arrivals_rps.toFixed(1)} / s`],
       ["held, all gateways", count(cluster.held)],
       ["first token, p95", seconds(cluster.ttft_p95_s)],
@@ -123,12 +125,14 @@
     const several = gateway.of > 1 || gateway.may_be_several;
     const which = `“Here” is this one gateway (process ${gateway.process}, up ${duration(gateway.up_s)}, ` +
       `${count(gateway.in_flight)} of at most ${count(gateway.most_in_flight)} requests in flight).`;
+    const shed = Object.entries(gateway.shed).map(([why, number]) => `${why}: ${count(number)}`).join(", ");
+    const refused = shed ? ` It has shed requests: ${shed}.` : "";
     const others = several ? ` ${gateway.of ?? "Several"} gateways serve this cluster, and another may answer next.` : "";
     const source = !prometheus.configured ? " No Prometheus is configured, so nothing is known of the whole cluster."
       : prometheus.age_s == null ? " Prometheus has not answered yet."
       : ` The whole cluster is as Prometheus knew it ${duration(Math.round(prometheus.age_s))} ago.`;
     const problem = prometheus.configured && prometheus.problem && prometheus.problem !== "not asked yet" ? ` ${prometheus.problem}.` : "";
-    return [which + others + source, el("span", problem, "bad")];
+    return [which + refused + others + source, el("span", problem, "bad")];
   };
 
   const show = (state) => {
