@@ -85,7 +85,8 @@ async def test_what_was_used_is_what_is_charged() -> None:
     assert done(counted) == pytest.approx(30 + 2 * 7)
     streamed = Job()
     streamed.first_byte_s, streamed.later_events = clock.now_s, 9
-    assert done(streamed) == pytest.approx(400 / hold._estimates.bytes_per_token + 2 * 10)
+    expected = hold.expect("a", streamed, 0).input_tokens
+    assert done(streamed) == pytest.approx(expected + 2 * 10)
     assert done(Job()) == pytest.approx(0.0)  # no engine answered
     gone = Job()
     gone.client_left = True  # the engine may have read it
