@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from serving.admission.quota_store import (
     periods,
     until_next,
 )
-from serving.admission.quotas import Charge, Quotas, duration, part_of
+from serving.admission.quotas import Charge, Quotas, duration, part_in_outage, part_of
 from serving.admission.redis_link import RedisLink
 from serving.config import FakeEngineConfig, QuotaConfig, TenantConfig
 from serving.errors import ConfigError, QuotaExceeded, RateLimited, TokensLimited, Unavailable
@@ -203,13 +204,14 @@ async def test_redis_forgets_what_is_over(server: RedisServer) -> None:
         now = (await link.redis.time())[0]
         # A minute ago, and as a gateway left it that died a minute ago.
         await link.redis.hset("galerne:quota:{acme}:requests", mapping={now - 62: 5, now - 59: 1})
-        await link.redis.zadd("galerne:quota:{acme}:leases", {"dead": now - 1, "running": now + 50})
+        await link.redis.zadd("galerne:quota:{acme}:leases", {"dead": now - 1, "running": now + 50, "old": now - 3700})
         limits = {"requests_per_minute": 2, "concurrent_requests": 2}
         kept = demand(**limits)
         verdict = await store.reserve(kept)
         assert (verdict.refused, verdict.requests_used, verdict.concurrent) == (None, 2, 2)
         await store.renew([("acme", [kept.lease, "gone"])])
-        assert await link.redis.zcard("galerne:quota:{acme}:leases") == 2
+        assert await link.redis.zcount("galerne:quota:{acme}:leases", now + 1, "+inf") == 2
+        assert await link.redis.zscore("galerne:quota:{acme}:leases", "old") is None
         keys = await link.redis.keys("*")
         assert keys
         assert all([await link.redis.ttl(key) > 0 for key in keys])
@@ -342,6 +344,7 @@ async def test_headers_and_refusals_are_openais() -> None:
     assert told.refused == [("acme", "tokens"), ("acme", "requests")]
     # Limits are taken anew, and a tenant without any is not counted.
     quotas.update(tenants(tokens_per_month=50))
+    await admit(quotas, Cost(10, 10, 1))
     with pytest.raises(QuotaExceeded) as budget:
         await admit(quotas, Cost(30, 30, 1))
     assert (budget.value.status, budget.value.type, budget.value.code) == (429, *["insufficient_quota"] * 2)
@@ -354,7 +357,7 @@ async def test_what_is_never_to_be_repeated_says_so() -> None:
     quotas = Quotas(tenants(tokens_per_minute=20), MemoryStore(Wall()), metrics=Told())
     headers: list[tuple[bytes, bytes]] = []
     with pytest.raises(TokensLimited, match="Request too large") as caught:
-        await quotas.admit("acme", "m", "x", Cost(10, 20, 1), headers)
+        await quotas.admit("acme", "m", "x", Cost(10, 20, 1, stated_tokens=21), headers)
     assert caught.value.retry_after_s is None
     assert (b"x-should-retry", b"false") in headers
 
@@ -417,7 +420,7 @@ async def test_an_outage_and_its_end(policy: Any, tmp_path: Path) -> None:
         told, states = Told(), list[bool]()
         link = RedisLink(own.url, states.append)
         limits = {"requests_per_minute": 4, "tokens_per_day": 1000}
-        quotas = Quotas(tenants(**limits), MemoryStore(Wall()), link, on_outage=policy, metrics=told)
+        quotas = Quotas(tenants(**limits), MemoryStore(time.time), link, on_outage=policy, metrics=told)
         quotas.divide(2)
         before, _ = await admit(quotas)
         assert before is not None
@@ -428,7 +431,10 @@ async def test_an_outage_and_its_end(policy: Any, tmp_path: Path) -> None:
                     await admit(quotas)
                 assert (closed.value.status, closed.value.code) == (503, "limits_unavailable")
             elif policy == "open":
-                assert await admit(quotas) == (None, {})
+                charge, headers = await admit(quotas)
+                assert charge is not None
+                assert headers == {}
+                quotas.settle(charge, ended(100, 50), Cost(10, 20, 1))
             elif number < 2:  # its part of four
                 charge, _ = await admit(quotas)
                 assert charge is not None
@@ -457,10 +463,168 @@ async def test_an_outage_and_its_end(policy: Any, tmp_path: Path) -> None:
         again, _ = await admit(quotas, Cost(0, 0, 1))
         assert again is not None
         # The server forgot everything; what was used meanwhile was charged once it was back. 70: beyond the estimate.
-        assert again.verdict.day_used == {"local": 2 * 150 + 70}.get(policy, 70)
+        assert again.verdict.day_used == {"local": 2 * 150 + 70, "open": 5 * 150 + 70}.get(policy, 70)
         assert PASSWORD not in repr(link)
         quotas.close()
         await link.close()
+
+
+@contextlib.asynccontextmanager
+async def counted(
+    server: RedisServer, policy: Any = "local", wall: Wall | None = None, **limits: int
+) -> AsyncIterator[tuple[Quotas, RedisLink]]:
+    """Quotas over this server, emptied; `wall` says which day it is."""
+    async with connected(server) as link:
+        quotas = Quotas(tenants(**limits), MemoryStore(wall or time.time), link, on_outage=policy, metrics=Told())
+        if wall is not None and quotas._shared is not None:
+            quotas._shared.wall_s = wall
+        yield quotas, link
+
+
+async def used(quotas: Quotas) -> dict[str, int]:
+    _, standing = await quotas.standing("acme")
+    assert standing is not None
+    return dict(standing.used)
+
+
+async def came_back(quotas: Quotas) -> None:
+    await quotas.settled()
+    await quotas._look(renew=True)
+
+
+def late(work: Callable[..., Awaitable[Any]], link: RedisLink) -> Callable[..., Awaitable[Any]]:
+    """The store does what it is asked, and its answer comes too late: once."""
+    times = itertools.count()
+
+    async def call(*args: Any, **named: Any) -> Any:
+        found = await work(*args, **named)
+        if next(times):
+            return found
+        link._set(up=False)
+        raise StoreDown(asked=True)
+
+    return call
+
+
+async def test_what_ends_while_debts_are_paid_is_not_forgotten(server: RedisServer) -> None:
+    async with counted(server, tokens_per_day=10**6) as (quotas, link):
+        link._set(up=False)
+        charges = [(await admit(quotas))[0] for _ in range(2)]
+        assert charges[0] is not None
+        assert charges[1] is not None
+        quotas.settle(charges[0], ended(500, 500), USUAL)
+        await quotas.settled()
+        assert quotas._shared is not None
+        owe, second = quotas._shared.owe, charges[1]
+
+        async def slowly(*args: Any) -> None:
+            await owe(*args)
+            # The answer is on its way, while another request ends that was let through in the outage.
+            quotas.settle(second, ended(500, 500), USUAL)
+            await quotas.settled()
+
+        quotas._shared.owe = slowly  # type: ignore[method-assign]
+        await came_back(quotas)
+        quotas._shared.owe = owe  # type: ignore[method-assign]
+        await came_back(quotas)
+        assert await used(quotas) == {"day": 2000}
+        await came_back(quotas)
+        assert await used(quotas) == {"day": 2000}
+
+
+async def test_what_ended_in_an_outage_holds_nothing_after_it(server: RedisServer) -> None:
+    limits = {"concurrent_requests": 2, "tokens_per_minute": 1000, "tokens_per_day": 10**6}
+    async with counted(server, **limits) as (quotas, link):
+        charges = [(await admit(quotas))[0] for _ in range(2)]
+        assert await used(quotas) == {"concurrent": 2, "tokens": 60, "day": 60}
+        link._set(up=False)
+        for charge in charges:
+            assert charge is not None
+            quotas.settle(charge, ended(50, 5), USUAL)
+        await came_back(quotas)
+        assert await used(quotas) == {"concurrent": 0, "tokens": 110, "day": 110}
+        assert (await admit(quotas))[0] is not None
+
+
+@pytest.mark.parametrize("policy", ["open", "closed", "local"])
+async def test_a_reservation_whose_answer_came_late_counts_for_nothing(policy: Any, server: RedisServer) -> None:
+    limits = {"requests_per_minute": 50, "tokens_per_minute": 5000, "concurrent_requests": 5, "tokens_per_day": 10**6}
+    async with counted(server, policy, **limits) as (quotas, link):
+        assert quotas._shared is not None
+        quotas._shared.reserve_at = late(quotas._shared.reserve_at, link)  # type: ignore[method-assign]
+        if policy == "closed":
+            with pytest.raises(Unavailable):
+                await admit(quotas, Cost(100, 200, 1))
+        else:
+            charge, _ = await admit(quotas, Cost(100, 200, 1))
+            assert charge is not None
+            quotas.settle(charge, ended(100, 150), Cost(100, 200, 1))
+        await came_back(quotas)
+        day = 0 if policy == "closed" else 250
+        assert await used(quotas) == {"requests": 0, "tokens": 0, "concurrent": 0, "day": day}
+
+
+async def test_a_settlement_or_a_debt_whose_answer_came_late_is_charged_once(server: RedisServer) -> None:
+    async with counted(server, "open", concurrent_requests=5, tokens_per_day=10**6) as (quotas, link):
+        shared = quotas._shared
+        assert shared is not None
+        charge, _ = await admit(quotas)
+        assert charge is not None
+        shared.settle = late(shared.settle, link)  # type: ignore[method-assign]
+        quotas.settle(charge, ended(500, 500), USUAL)
+        await quotas.settled()
+        charge, _ = await admit(quotas)  # let through uncounted
+        assert charge is not None
+        quotas.settle(charge, ended(100, 100), USUAL)
+        shared.owe = late(shared.owe, link)  # type: ignore[method-assign]
+        await came_back(quotas)
+        assert not link.up
+        await came_back(quotas)
+        assert await used(quotas) == {"concurrent": 0, "day": 1200}
+
+
+async def test_a_client_that_leaves_while_the_store_is_asked_holds_nothing(server: RedisServer) -> None:
+    async with counted(server, concurrent_requests=5, tokens_per_day=10**6) as (quotas, _):
+        shared = quotas._shared
+        assert shared is not None
+        reserve, reached = shared.reserve_at, asyncio.Event()
+
+        async def slowly(*args: Any) -> Any:
+            await reserve(*args)
+            reached.set()
+            await asyncio.sleep(60)
+
+        shared.reserve_at = slowly  # type: ignore[method-assign]
+        asking = asyncio.create_task(admit(quotas))
+        await reached.wait()
+        asking.cancel()
+        await asyncio.wait({asking})
+        await came_back(quotas)
+        assert await used(quotas) == {"concurrent": 0, "day": 0}
+
+
+@pytest.mark.parametrize("policy", ["open", "local"])
+async def test_tokens_of_an_outage_are_charged_to_the_days_they_were_used_on(policy: Any, server: RedisServer) -> None:
+    wall = Wall()
+    wall.now_s = 1_798_761_599.0  # a second before the year ends
+    async with counted(server, policy, wall, tokens_per_day=10**6, tokens_per_month=10**7) as (quotas, link):
+        link._set(up=False)
+        for tokens in (100, 1000):
+            charge, _ = await admit(quotas)
+            assert charge is not None
+            quotas.settle(charge, ended(tokens, 0), USUAL)
+            wall.now_s += 2
+        await came_back(quotas)
+        assert await used(quotas) == {"day": 1000, "month": 1000}
+        wall.now_s -= 4
+        assert await used(quotas) == {"day": 100, "month": 100}
+
+
+async def test_one_gateways_part_of_a_limit_refuses_nobody_for_good() -> None:
+    quota = QuotaConfig(tokens_per_minute=1000, tokens_per_day=10_000)
+    assert part_in_outage(Demand("a", quota, "l", 600), 4) == Demand("a", part_of(quota, 4), "l", 250)
+    # What is beyond the whole limit is so in an outage too.
+    assert part_in_outage(Demand("a", quota, "l", 1600), 4).tokens == 1600
 
 
 # -- through the gateway
