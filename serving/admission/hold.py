@@ -34,7 +34,10 @@ COUNT_EVERY_S = 0.05
 
 
 class HoldMetrics(Protocol):
-    """What a hold tells of what ends in it."""
+    """What a hold tells of what waits in it."""
+
+    def hold_began(self, model: str, tenant: str, place: int) -> None:
+        """A request waits, in this place among its tenant's own; 1: the tenant's next."""
 
     def hold_ended(self, model: str, tenant: str, end: str, seconds: float) -> None:
         """A wait is over: released, full, displaced, late or left."""
@@ -103,7 +106,9 @@ class ModelHold:
         self._make_room(ticket)
         self._queue.push(ticket)
         self._bytes += size_bytes
-        self._queue.lane(tenant).waiting_bytes += size_bytes
+        lane = self._queue.lane(tenant)
+        lane.waiting_bytes += size_bytes
+        self._metrics.hold_began(self._id, tenant, len(lane.waiting))
         left_s = max(0.0, self._wait_s(tenant) - (self._clock() - since_s))
         ticket.start_timer(self._call_later(left_s, lambda: ticket.finish_wait("late")))
         self._refresh()

@@ -62,6 +62,8 @@ async def test_slots_are_shared_by_weight_and_what_streams_is_charged_while_it_s
     clock.now_s += 1
     running.pop().end()
     assert [t.tenant for t in waiting if t.released] == ["b"]
+    # Their places among their tenant's own, when they came.
+    assert ends.places == [(name, place) for name in "ab" for place in (1, 2, 3)]
     assert hold.queue.lane("a").service == 4 * (100 + 2 * 50)
     # By the books: b's input counts half for its weight.
     assert hold.queue.lane("b").counter - hold.queue.lane("a").counter < 0
@@ -206,6 +208,8 @@ async def test_a_flood_does_not_stand_before_another_tenant() -> None:
     async with rig(FakeEngineConfig(decode_ms=5), wrap=wrap, chat={"hold": {"sequences_per_replica": 1}}) as made:
         flood = [post(AUTH, "flood") for _ in range(12)]
         await until(lambda: made.total("galerne_requests_held", tenant="press") == 11)
+        places = {float(labels["le"]): n for labels, n in made.metrics.counts("galerne_queue_place") if "le" in labels}
+        assert (places[1], places[4], places[8], places[16]) == (1, 4, 8, 11)
         light = [post(OTHER, "light") for _ in range(2)]
         assert {(await task).status_code for task in [*flood, *light]} == {200}
     # One of the flood ran; then both take turns, and the light one's two are over before the flood is.

@@ -662,3 +662,29 @@ async def test_concurrent_requests_are_given_back_when_they_end_or_their_client_
         await made.settled()
         await made.gateway.quotas.settled()
         assert (await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT)).status_code == 200
+
+
+@pytest.mark.parametrize("limit", ["requests_per_minute", "concurrent_requests"])
+async def test_what_computes_nothing_counts_as_a_request_and_costs_no_tokens(limit: str) -> None:
+    quota = {"quota": {limit: 2, "tokens_per_minute": 1000, "tokens_per_day": 1000}}
+    async with rig(FAST, tenant=quota) as made:
+        bodies = {"/tokenize": {"prompt": "hello there " * 500}, "/detokenize": {"tokens": [1] * 2000}}
+        for path, fields in bodies.items():
+            answer = await made.http.post(path, headers=AUTH, json={"model": "chat"} | fields)
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["x-ratelimit-remaining-tokens"] == "1000"
+        await made.settled()
+        await made.gateway.quotas.settled()
+        _, standing = await made.gateway.quotas.standing("press")
+        assert standing is not None
+        assert (standing.used["tokens"], standing.used["day"]) == (0, 0)
+        if limit == "requests_per_minute":
+            assert standing.used["requests"] == 2
+            refused = await made.http.post("/tokenize", headers=AUTH, json={"model": "chat", "prompt": "hello"})
+            assert refused.status_code == 429
+        else:
+            asked = [
+                made.http.post("/tokenize", headers=AUTH, json={"model": "chat", "prompt": "hello"}) for _ in range(40)
+            ]
+            statuses = [answer.status_code for answer in await asyncio.gather(*asked)]
+            assert set(statuses) == {200, 429}
