@@ -173,8 +173,8 @@ TABLE: tuple[Spec, ...] = (
         "galerne_queue_place",
         "histogram",
         ("model", "tenant"),
-        "Place of a request among its own tenant's when it began to wait; 1: the tenant's next. Whose turn it is between "
-        "tenants galerne_queue_lag_tokens tells.",
+        "Place of a request among its own tenant's when it began to wait; 1: the tenant's next. Whose turn it is "
+        "between tenants galerne_queue_lag_tokens tells.",
         PLACES,
     ),
     Spec(
