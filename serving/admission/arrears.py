@@ -6,21 +6,25 @@ by instead. Tokens of requests that the store never knew are owed: one sum for e
 
 Promise: nothing is told twice and nothing is left out, also where the store goes away again while it is told, or does
 what it was asked and its answer comes too late (each part has a name that the store remembers). Memory: requests that
-ran, or were being admitted, when the store went away, and a sum for each tenant and day.
+ran, or were being admitted, when the store went away (a store that comes and goes leaves the last MOST_LATE of them),
+and a sum for each tenant and day.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from serving.admission.quota_redis import RedisStore
 from serving.admission.quota_store import Demand, StoreDown, Verdict
 from serving.config import QuotaConfig
 
+MOST_LATE: Final = 65_536
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class _Late:
     """A request that the store counted, or may have: what it used in the end."""
 
@@ -50,13 +54,10 @@ class Arrears:
         """`new_name` gives names that nobody else gives."""
         self._store = store
         self._new_name = new_name
-        self._late: deque[_Late] = deque()
+        self._late: deque[_Late] = deque(maxlen=MOST_LATE)
         # Named when they are first told, and the same until the store has heard.
         self._debts: deque[_Debt] = deque()
         self._owed: dict[tuple[str, str], tuple[QuotaConfig, int]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._late or self._debts or self._owed)
 
     def undo(self, demand: Demand, now_s: float) -> None:
         """A reservation that the store may have made, and that counts for nothing."""
@@ -76,21 +77,24 @@ class Arrears:
 
     async def pay(self) -> None:
         """Tell the store everything; StoreDown where it is away again, and what is left is told another time."""
+        # Whatever is told is taken out before: others are added while the store answers.
         while self._late:
-            late = self._late[0]
+            late = self._late.popleft()
             try:
                 await self._store.settle(
                     late.demand, late.verdict, late.used_tokens, refund=late.refund, again=late.again
                 )
             except StoreDown as down:
-                late.again = late.again or down.asked
+                self._late.appendleft(replace(late, again=late.again or down.asked))
                 raise
-            self._late.popleft()
-        # Taken out before the store is told: what is used while it answers is another debt.
+        await self._pay_debts()
         owed, self._owed = self._owed, {}
         self._debts.extend(
             _Debt(self._new_name(), tenant, quota, day, tokens) for (tenant, day), (quota, tokens) in owed.items()
         )
+        await self._pay_debts()
+
+    async def _pay_debts(self) -> None:
         while self._debts:
             debt = self._debts[0]
             await self._store.owe(debt.name, debt.tenant, debt.quota, debt.day, debt.tokens)
