@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -250,3 +251,22 @@ async def test_two_at_one_moment_of_who_sends_little_both_have_what_is_kept() ->
     assert not third.released
     for ticket in [*flood, first, second, third]:
         ticket.end()
+
+
+async def test_who_has_little_in_flight_is_told_by_sequences_not_by_bodies() -> None:
+    clock = Clock()
+    hold = one_hold(clock, Ends(), Timers(), {"flood": {}, "light": {}}, sequences_per_replica=128, requests=400)
+
+    def batch() -> Job:
+        job = Job()
+        job.facts = replace(job.facts, prompts=40)
+        return job
+
+    flood = [hold.enter("flood", 1, clock.now_s, batch()) for _ in range(6)]
+    assert [ticket.released for ticket in flood] == [True] * 3 + [False] * 3
+    # Four bodies of one prompt beside three of forty: it still has less than its part.
+    light = [hold.enter("light", 1, clock.now_s, Job()) for _ in range(4)]
+    assert all(ticket.released for ticket in light)
+    for ticket in [*flood, *light]:
+        ticket.end()
+    assert (hold.turns, hold.in_flight.sequences, hold._sequences) == (0, 0, {})
