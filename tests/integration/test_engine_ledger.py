@@ -18,8 +18,8 @@ from tests.integration.running import GALERNE, KEY, RunningCluster
 
 # The release's acceptance is 2,000: `GALERNE_LEDGER_REQUESTS=2000 make test PYTEST_ARGS="-s tests/integration/test_engine_ledger.py"`.
 REQUESTS = int(os.environ.get("GALERNE_LEDGER_REQUESTS", "60"))
-# Many requests are short ones: it is to take minutes on two cores.
-MOST_WORDS, MOST_TOKENS, AT_ONCE = (20, 24, 8) if REQUESTS <= 60 else (5, 6, 16)
+# Many requests are short ones: it is to take minutes on two cores. Fewer at once than a gateway sheds with.
+MOST_WORDS, MOST_TOKENS, AT_ONCE = (20, 24, 8) if REQUESTS <= 60 else (5, 6, 12)
 # Of all requests: their clients leave before the end.
 LEAVERS = 0.3
 
