@@ -12,6 +12,7 @@ from helm.dashboards.panels import (
     SECONDS,
     SHARE,
     TENANT,
+    THIRD,
     TOKENS,
     TOKENS_PER_S,
     Dashboard,
@@ -161,6 +162,7 @@ DASHBOARD = Dashboard(
                     worry=1,
                     alerts=("GalerneTenantQueueFull",),
                     most=1,
+                    width=THIRD,
                 ),
                 Panel(
                     "Wait for a turn, p95",
@@ -173,6 +175,20 @@ DASHBOARD = Dashboard(
                         "{{tenant}}",
                     ),
                     alerts=("GalerneSaturated",),
+                    width=THIRD,
+                ),
+                Panel(
+                    "Place in the queue, p95",
+                    "How many of its tenant's own requests a request that had to wait found before it, itself "
+                    "included; 0: nobody had to wait. A high line is that tenant's own burst.",
+                    REQUESTS,
+                    query(
+                        f"({quantile(0.95, 'galerne_queue_place', 'tenant', *_BOTH)})"
+                        f" or 0 * {rate('galerne_requests_accepted_total', 'tenant', *_BOTH)}",
+                        "{{tenant}}",
+                    ),
+                    alerts=("GalerneTenantQueueFull",),
+                    width=THIRD,
                 ),
                 Panel(
                     "Quotas used",

@@ -14,7 +14,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -23,6 +23,7 @@ import msgspec
 
 from serving.admission import content, json_shape, shapes
 from serving.admission.complaints import above, decode, is_given, missing, too_long, too_many, unsupported
+from serving.admission.content import Prompts
 from serving.config import LimitsConfig
 from serving.errors import BadRequest
 from serving.metering.usage import BYTES_PER_TOKEN
@@ -47,7 +48,8 @@ class RequestFacts:
 
     `include_usage`: the client asked for the usage event of a stream. `prompt_bytes`: UTF-8 bytes of all
     text the prompt is made of, tools included; a token id counts as four. `max_output_tokens`: for each of
-    `n` answers; None where the model's context is the only bound.
+    `n` answers; None where the model's context is the only bound. `prompts`: how many the body holds, of which each
+    has its answers. `token_ids`: how many the prompts hold.
     """
 
     model: str
@@ -56,6 +58,13 @@ class RequestFacts:
     prompt_bytes: int
     max_output_tokens: int | None
     n: int
+    prompts: int = 1
+    token_ids: int = 0
+
+    @property
+    def sequences(self) -> int:
+        """What an engine computes beside each other for it: an answer of each prompt at a time."""
+        return self.prompts * self.n
 
 
 _DECODERS: Final[dict[BodyKind, msgspec.json.Decoder[shapes.AnyBody]]] = {
@@ -128,13 +137,17 @@ def read(kind: BodyKind, body: bytes, limits: LimitsConfig) -> RequestFacts:
         _generation(found, limits)
     stream = isinstance(found, shapes.Generation) and bool(found.stream)
     options = found.stream_options if isinstance(found, shapes.Generation) else None
+    prompts = _PROMPTS[type(found)](found, limits)
     return RequestFacts(
         model=model,
         stream=stream,
         include_usage=stream and options is not None and bool(options.include_usage),
-        prompt_bytes=_PROMPTS[type(found)](found, limits),
+        prompt_bytes=prompts.size_bytes,
         max_output_tokens=_max_output_tokens(found),
         n=(found.n or 1) if isinstance(found, shapes.Generation) else 1,
+        # A null among texts or an empty list is refused by the engine.
+        prompts=max(1, prompts.number),
+        token_ids=prompts.token_ids,
     )
 
 
@@ -159,60 +172,56 @@ def _common(found: shapes.AnyBody) -> str:
     return found.model
 
 
-def _chat(found: shapes.Chat, limits: LimitsConfig) -> int:
+def _chat(found: shapes.Chat, limits: LimitsConfig) -> Prompts:
     documents = found.documents or []
     if len(documents) > limits.batch_prompts:
         raise too_many("documents", limits.batch_prompts, len(documents))
-    return (
+    return Prompts(
         content.messages(found.messages, limits)
         + content.tools(found.tools, limits)
         + sum(content.utf8_bytes(text) for document in documents for text in document.values())
     )
 
 
-def _completion(found: shapes.Completion, limits: LimitsConfig) -> int:
-    prompt_bytes = content.prompt(found.prompt, "prompt", limits.batch_prompts, limits)
-    return prompt_bytes + content.utf8_bytes(found.suffix)
+def _completion(found: shapes.Completion, limits: LimitsConfig) -> Prompts:
+    prompts = content.prompt(found.prompt, "prompt", limits.batch_prompts, limits)
+    return prompts._replace(size_bytes=prompts.size_bytes + content.utf8_bytes(found.suffix))
 
 
-def _embedding(found: shapes.Embedding, limits: LimitsConfig) -> int:
+def _embedding(found: shapes.Embedding, limits: LimitsConfig) -> Prompts:
     if found.messages is None:
         return content.prompt(found.input, "input", limits.batch_inputs, limits)
     if is_given(found.input):
         raise unsupported("messages", "send either 'input' or 'messages'")
-    return content.messages(found.messages, limits)
+    return Prompts(content.messages(found.messages, limits))
 
 
-def _rerank(found: shapes.Rerank, limits: LimitsConfig) -> int:
+def _rerank(found: shapes.Rerank, limits: LimitsConfig) -> Prompts:
     if found.query is None:
         raise missing("query")
     if found.documents is None:
         raise missing("documents")
-    return (
-        content.utf8_bytes(found.instruction)
-        + content.score_input(found.query, "query", limits)
-        + content.score_input(found.documents, "documents", limits)
-    )
+    return _scored(found.instruction, {"query": found.query, "documents": found.documents}, limits)
 
 
-def _tokenize(found: shapes.Tokenize, limits: LimitsConfig) -> int:
+def _tokenize(found: shapes.Tokenize, limits: LimitsConfig) -> Prompts:
     tools = content.tools(found.tools, limits)
     if found.messages is None:
         if found.prompt is None:
             raise missing("prompt")
-        return tools + content.utf8_bytes(found.prompt)
-    return tools + content.messages(found.messages, limits)
+        return Prompts(tools + content.utf8_bytes(found.prompt))
+    return Prompts(tools + content.messages(found.messages, limits))
 
 
-def _detokenize(found: shapes.Detokenize, limits: LimitsConfig) -> int:
+def _detokenize(found: shapes.Detokenize, limits: LimitsConfig) -> Prompts:
     if found.tokens is None:
         raise missing("tokens")
     if len(found.tokens) > limits.prompt_tokens:
         raise too_many("tokens", limits.prompt_tokens, len(found.tokens), "tokens")
-    return len(found.tokens) * BYTES_PER_TOKEN
+    return Prompts(len(found.tokens) * BYTES_PER_TOKEN)
 
 
-def _responses(found: shapes.Responses, limits: LimitsConfig) -> int:
+def _responses(found: shapes.Responses, limits: LimitsConfig) -> Prompts:
     for name, reason in _RESPONSES_REFUSED.items():
         if is_given(getattr(found, name)):
             raise unsupported(name, reason)
@@ -220,24 +229,30 @@ def _responses(found: shapes.Responses, limits: LimitsConfig) -> int:
         if getattr(found, name):
             raise unsupported(name, "responses are not stored; leave it out or send false")
     _schema("text", found.text, limits)
-    return (
+    return Prompts(
         content.responses_input(found.input, limits)
         + content.utf8_bytes(found.instructions)
         + content.tools(found.tools, limits)
     )
 
 
-def _score(found: shapes.Score, limits: LimitsConfig) -> int:
+def _score(found: shapes.Score, limits: LimitsConfig) -> Prompts:
     pairs = [p for p in _SCORE_PAIRS if all(getattr(found, side) is not None for side in p)]
     if not pairs:
         raise missing("text_1") if found.text_1 is None else missing("text_2")
     sides = {side for pair in pairs for side in pair}
-    return content.utf8_bytes(found.instruction) + sum(
-        content.score_input(getattr(found, side), side, limits) for side in sorted(sides)
+    return _scored(found.instruction, {side: getattr(found, side) for side in sorted(sides)}, limits)
+
+
+def _scored(instruction: str | None, sides: Mapping[str, shapes.ScoreInput], limits: LimitsConfig) -> Prompts:
+    """Texts that are held against each other: an engine reads each of them, or each pair, as a prompt."""
+    found = [content.score_input(texts, side, limits) for side, texts in sides.items()]
+    return Prompts(
+        content.utf8_bytes(instruction) + sum(one.size_bytes for one in found), sum(one.number for one in found)
     )
 
 
-_PROMPTS: Final[dict[type[shapes.AnyBody], Callable[[Any, LimitsConfig], int]]] = {
+_PROMPTS: Final[dict[type[shapes.AnyBody], Callable[[Any, LimitsConfig], Prompts]]] = {
     shapes.Chat: _chat,
     shapes.Completion: _completion,
     shapes.Responses: _responses,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from msgspec.structs import astuple
@@ -48,6 +48,14 @@ _text = msgspec.json.Decoder(str)
 _texts = msgspec.json.Decoder(list[str])
 _tokens = msgspec.json.Decoder(list[shapes.TokenId])
 _token_lists = msgspec.json.Decoder(list[list[shapes.TokenId]])
+
+
+class Prompts(NamedTuple):
+    """What a request has its model read: bytes of text, a token id as four of them; in how many prompts; the ids."""
+
+    size_bytes: int
+    number: int = 1
+    token_ids: int = 0
 
 
 def utf8_bytes(text: str | None) -> int:
@@ -115,7 +123,7 @@ def json_in_string(text: str | None, at: str, limits: LimitsConfig) -> int:
     return len(encoded)
 
 
-def prompt(found: msgspec.Raw, param: str, max_prompts: int, limits: LimitsConfig) -> int:
+def prompt(found: msgspec.Raw, param: str, max_prompts: int, limits: LimitsConfig) -> Prompts:
     """A prompt or a batch of them: text, token ids, or a list of either; raises BadRequest."""
     if not is_given(found):
         raise missing(param)
@@ -128,20 +136,22 @@ def prompt(found: msgspec.Raw, param: str, max_prompts: int, limits: LimitsConfi
             param=param,
         )
     if shape.lastindex == _TEXT:
-        return utf8_bytes(decode(_text, found, param))
+        return Prompts(utf8_bytes(decode(_text, found, param)))
     if shape.lastindex == _TEXTS:
         texts = decode(_texts, found, param)
         _batch(param, len(texts), max_prompts)
-        return sum(map(utf8_bytes, texts))
+        return Prompts(sum(map(utf8_bytes, texts)), len(texts))
+    count = 1
     if shape.lastindex == _TOKEN_LISTS:
         lists = decode(_token_lists, found, param)
-        _batch(param, len(lists), max_prompts)
+        count = len(lists)
+        _batch(param, count, max_prompts)
         tokens = sum(map(len, lists))
     else:
         tokens = len(decode(_tokens, found, param))
     if tokens > limits.prompt_tokens:
         raise too_many(param, limits.prompt_tokens, tokens, "tokens in one request")
-    return tokens * BYTES_PER_TOKEN
+    return Prompts(tokens * BYTES_PER_TOKEN, count, tokens)
 
 
 def _batch(param: str, prompts: int, max_prompts: int) -> None:
@@ -149,7 +159,7 @@ def _batch(param: str, prompts: int, max_prompts: int) -> None:
         raise too_many(param, max_prompts, prompts, "prompts")
 
 
-def score_input(found: shapes.ScoreInput, param: str, limits: LimitsConfig) -> int:
+def score_input(found: shapes.ScoreInput, param: str, limits: LimitsConfig) -> Prompts:
     """One side of a score, or rerank documents."""
     elements: Sequence[str | shapes.ScoreObject] = found if isinstance(found, list) else [found]
     if len(elements) > limits.batch_inputs:
@@ -161,7 +171,7 @@ def score_input(found: shapes.ScoreInput, param: str, limits: LimitsConfig) -> i
             total += utf8_bytes(element)
         else:
             total += content(element.content, f"{at}.content")
-    return total
+    return Prompts(total, len(elements))
 
 
 def responses_input(found: str | list[shapes.Item] | None, limits: LimitsConfig) -> int:

@@ -1,66 +1,161 @@
 """How many tokens a request will take, before the engine has counted them. Pure; one for each model.
 
-A prompt is its bytes over a running mean of bytes a token, an answer at most what the request allows and, within that,
-a running mean of real answers: a client that always writes max_tokens: 32768 is not taken at its word. Both means
-follow what the engine counted and forget slowly, so a new kind of traffic is believed after some hundred requests.
+A prompt takes what a request takes without any text (a chat template, a default system prompt) and its text's bytes
+over what a token has of them: the straight line through what the engine counted of prompts, each weighed by the square
+of its length, because errors of long ones are what costs. An answer takes at most what the request allows and, within
+that, a running mean of real answers: a client that always writes max_tokens: 32768 is not taken at its word. All of it
+is forgotten slowly, so a new kind of traffic is believed after some ten requests.
+
+Promise: what is expected of a tenant's requests follows that tenant's requests alone. What others send, in whatever
+language and however long, moves none of it; before a tenant has sent anything it is what every tenant begins with.
+Memory: nine numbers for each tenant of the configuration.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Container
 from dataclasses import dataclass
+from typing import Final
 
 from serving.admission.bounds import RequestFacts
 from serving.metering.usage import BYTES_PER_TOKEN, Usage
 
-# Until it has: a chat's answer.
+# Until a tenant has answers of its own: a chat's.
 OUTPUT_TOKENS = 256.0
-# What one more request changes of each mean.
+# What one more request changes of each mean; of the first ones each changes more.
 PROMPT_FORGETS = 0.01
 OUTPUT_FORGETS = 0.02
-# Bounds on what is believed of either mean, whatever an engine reports.
-LEAST_BYTES, MOST_BYTES = 0.25, 16.0
+FIRST_OUTPUTS = 5
+# What is believed of prompts before any is counted, as much as if so many of no text and of so many bytes had been.
+BELIEVED, BELIEVED_BYTES = 1.0, 1024.0
+_BELIEVED: Final = (
+    2 * BELIEVED,
+    BELIEVED * BELIEVED_BYTES,
+    BELIEVED * BELIEVED_BYTES**2,
+    BELIEVED * BELIEVED_BYTES / BYTES_PER_TOKEN,
+    BELIEVED * BELIEVED_BYTES**2 / BYTES_PER_TOKEN,
+)
+# Bounds on what is believed, whatever an engine reports: no tokenizer makes more than a token of a byte.
+LEAST_BYTES, MOST_BYTES = 1.0, 16.0
+MOST_WITHOUT_TEXT = 4096.0
 # An answer that is not a stream and whose usage is not known: what its JSON is besides the text.
 ENVELOPE_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a request is expected to take: tokens read and written, and sequences that run beside each other."""
+    """What a request is expected to take: tokens read and written, and sequences that run beside each other.
+
+    `stated_tokens`: what the request says itself, whatever is expected: the ids of its prompt, its text at the fewest
+    tokens that it can be, and max_tokens for each answer where it names them.
+    """
 
     input_tokens: float
     output_tokens: float
     sequences: int
+    stated_tokens: int = 0
 
 
 FREE = Cost(0.0, 0.0, 0)
 
 
+class _Prompts:
+    """Tokens of a tenant's prompts as a straight line over their bytes: least squares on decayed sums.
+
+    What was believed at first is never forgotten: it alone says what a text would take of a tenant that sends none.
+    """
+
+    __slots__ = ("_sums", "per_byte", "without_text")
+
+    def __init__(self) -> None:
+        # Of products: count and count, count and bytes, bytes and bytes, count and tokens, bytes and tokens.
+        self._sums: tuple[float, ...] = _BELIEVED
+        self.without_text = 0.0
+        self.per_byte = 1 / BYTES_PER_TOKEN
+
+    def tokens(self, prompts: int, text_bytes: float) -> float:
+        return self.without_text * prompts + self.per_byte * text_bytes
+
+    def learn(self, prompts: int, text_bytes: int, tokens: int) -> None:
+        seen = (prompts * prompts, prompts * text_bytes, text_bytes**2, prompts * tokens, text_bytes * tokens)
+        nn, nb, bb, nt, bt = self._sums = tuple(
+            before + new - PROMPT_FORGETS * (before - believed)
+            for before, new, believed in zip(self._sums, seen, _BELIEVED, strict=True)
+        )
+        # What was believed keeps the divisor above nothing.
+        self.per_byte = _within((nn * bt - nb * nt) / (nn * bb - nb * nb))
+        self.without_text = (nt - self.per_byte * nb) / nn
+        if self.without_text < 0:
+            # Less than nothing is nothing, and the line goes through it.
+            self.per_byte = _within(bt / bb)
+        self.without_text = min(MOST_WITHOUT_TEXT, max(0.0, self.without_text))
+
+
+def _within(tokens_per_byte: float) -> float:
+    return min(1 / LEAST_BYTES, max(1 / MOST_BYTES, tokens_per_byte))
+
+
+class _Tenant:
+    """What one tenant's requests have been."""
+
+    __slots__ = ("answers", "output_tokens", "prompts")
+
+    def __init__(self) -> None:
+        self.prompts = _Prompts()
+        self.answers = 0
+        self.output_tokens = OUTPUT_TOKENS
+
+
 class TokenEstimates:
-    """The running means of one model."""
+    """What is expected of one model's requests."""
 
     def __init__(self, *, generates: bool = True) -> None:
         """`generates`: whether the model writes at all."""
         self._generates = generates
-        self.bytes_per_token = float(BYTES_PER_TOKEN)
+        self._tenants: dict[str, _Tenant] = {}
+        # Of an answer, whoever asked: how long a sequence runs on these engines.
         self.output_tokens = OUTPUT_TOKENS
 
-    def cost(self, facts: RequestFacts | None, body_bytes: int) -> Cost:
-        """What to expect of a request; `body_bytes` stands for the prompt where there are no facts."""
+    def cost(self, tenant: str, facts: RequestFacts | None, body_bytes: int) -> Cost:
+        """What to expect of a tenant's request; `body_bytes` stands for the prompt where there are no facts."""
+        known = self._tenants.get(tenant) or _UNKNOWN
+        output = known.output_tokens if self._generates else 0.0
         if facts is None:
-            return Cost(body_bytes / self.bytes_per_token, self.output_tokens if self._generates else 0.0, 1)
-        output = self.output_tokens if self._generates else 0.0
-        if facts.max_output_tokens is not None:
-            output = min(output, facts.max_output_tokens)
-        return Cost(facts.prompt_bytes / self.bytes_per_token, output * facts.n, facts.n)
+            return Cost(known.prompts.tokens(1, body_bytes), output, 1)
+        ids, sequences, most = facts.token_ids, facts.sequences, facts.max_output_tokens
+        text_bytes = facts.prompt_bytes - BYTES_PER_TOKEN * ids
+        stated = ids + math.floor(text_bytes / MOST_BYTES)
+        if most is not None and self._generates:
+            output = min(output, most)
+            stated += most * sequences
+        # Ids are the whole prompt: no template comes before them.
+        read = ids + known.prompts.tokens(0 if ids else facts.prompts, text_bytes)
+        return Cost(read, output * sequences, sequences, stated)
 
-    def written(self, sent_bytes: int) -> float:
+    def written(self, tenant: str, sent_bytes: int) -> float:
         """Output tokens of a whole answer of so many bytes, where nobody has counted them."""
-        return max(0, sent_bytes - ENVELOPE_BYTES) / self.bytes_per_token if self._generates else 0.0
+        known = self._tenants.get(tenant) or _UNKNOWN
+        return max(0, sent_bytes - ENVELOPE_BYTES) * known.prompts.per_byte if self._generates else 0.0
 
-    def learn(self, facts: RequestFacts, usage: Usage) -> None:
+    def learn(self, tenant: str, facts: RequestFacts, usage: Usage) -> None:
         """Take what the engine counted of a request that was completed."""
-        if usage.prompt_tokens and facts.prompt_bytes:
-            seen = min(MOST_BYTES, max(LEAST_BYTES, facts.prompt_bytes / usage.prompt_tokens))
-            self.bytes_per_token += PROMPT_FORGETS * (seen - self.bytes_per_token)
+        known = self._tenants.get(tenant)
+        if known is None:
+            known = self._tenants[tenant] = _Tenant()
+        if usage.prompt_tokens and facts.prompt_bytes and not facts.token_ids:
+            known.prompts.learn(facts.prompts, facts.prompt_bytes, usage.prompt_tokens)
         if self._generates:
-            self.output_tokens += OUTPUT_FORGETS * (usage.completion_tokens / facts.n - self.output_tokens)
+            seen = usage.completion_tokens / facts.sequences
+            known.answers += 1
+            part = max(OUTPUT_FORGETS, 1 / (known.answers + FIRST_OUTPUTS))
+            known.output_tokens += part * (seen - known.output_tokens)
+            self.output_tokens += OUTPUT_FORGETS * (seen - self.output_tokens)
+
+    def keep(self, tenants: Container[str]) -> None:
+        """Forget whoever is not among these."""
+        for tenant in [known for known in self._tenants if known not in tenants]:
+            del self._tenants[tenant]
+
+
+_UNKNOWN = _Tenant()

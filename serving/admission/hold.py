@@ -34,7 +34,10 @@ COUNT_EVERY_S = 0.05
 
 
 class HoldMetrics(Protocol):
-    """What a hold tells of what ends in it."""
+    """What a hold tells of what waits in it."""
+
+    def hold_began(self, model: str, tenant: str, place: int) -> None:
+        """A request waits, in this place among its tenant's own; 1: the tenant's next."""
 
     def hold_ended(self, model: str, tenant: str, end: str, seconds: float) -> None:
         """A wait is over: released, full, displaced, late or left."""
@@ -77,6 +80,8 @@ class ModelHold:
         self._generates = model.task == "generate"
         # Insertion order; the value is unused.
         self._flights: dict[Ticket, None] = {}
+        # Of each tenant that has any in flight.
+        self._sequences: dict[str, int] = {}
         self._counted_s = -math.inf
         self._bytes = 0
         self._ready = 0
@@ -85,15 +90,15 @@ class ModelHold:
 
     # -- what the relay calls
 
-    def expect(self, work: Work | None, size_bytes: int) -> Cost:
-        """What a request is expected to take."""
+    def expect(self, tenant: str, work: Work | None, size_bytes: int) -> Cost:
+        """What a tenant's request is expected to take."""
         if work is not None and not work.computes:
             return FREE
-        return self._estimates.cost(None if work is None else work.facts, size_bytes)
+        return self._estimates.cost(tenant, None if work is None else work.facts, size_bytes)
 
     def enter(self, tenant: str, size_bytes: int, since_s: float, work: Work | None = None) -> Ticket:
         """A place in the queue, or at once a turn (`released`); raises RequestError beyond the bounds."""
-        cost = self.expect(work, size_bytes)
+        cost = self.expect(tenant, work, size_bytes)
         ticket = Ticket(self, tenant, size_bytes, since_s, cost, work)
         if (not self._queue or cost is FREE) and self._may(ticket):
             self._queue.pass_by(ticket)
@@ -102,7 +107,9 @@ class ModelHold:
         self._make_room(ticket)
         self._queue.push(ticket)
         self._bytes += size_bytes
-        self._queue.lane(tenant).waiting_bytes += size_bytes
+        lane = self._queue.lane(tenant)
+        lane.waiting_bytes += size_bytes
+        self._metrics.hold_began(self._id, tenant, len(lane.waiting))
         left_s = max(0.0, self._wait_s(tenant) - (self._clock() - since_s))
         ticket.start_timer(self._call_later(left_s, lambda: ticket.finish_wait("late")))
         self._refresh()
@@ -158,6 +165,7 @@ class ModelHold:
         """Take what tenants are granted from now on: weight, priority, bounds of their waits."""
         self._tenants = {tenant: config.queue for tenant, config in tenants.items()}
         self._queue.update({tenant: Standing(c.weight, c.priority) for tenant, c in tenants.items()})
+        self._estimates.keep(tenants)
         self._refresh()
 
     # -- what is seen of it
@@ -251,6 +259,9 @@ class ModelHold:
         del self._flights[ticket]
         self._settle(ticket)
         self.in_flight.give(ticket.held_tokens, ticket.cost.sequences)
+        left = self._sequences.pop(ticket.tenant, 0) - ticket.cost.sequences
+        if left > 0:
+            self._sequences[ticket.tenant] = left
         self._queue.done(ticket.tenant)
         if ticket.ramped:
             ticket.ramped = False
@@ -271,7 +282,9 @@ class ModelHold:
         )
 
     def _below_its_part(self, lane: Lane[Ticket]) -> bool:
-        return lane.in_flight < self._queue.fair_part(lane) * self.in_flight.requests or lane.in_flight == 0
+        # By sequences: a body may hold many prompts.
+        own = self._sequences.get(lane.tenant, 0)
+        return own < self._queue.fair_part(lane) * self.in_flight.sequences or own == 0
 
     def _send(self, ticket: Ticket) -> None:
         """A request goes: it is in flight from now on."""
@@ -279,6 +292,7 @@ class ModelHold:
         ticket.held_tokens = ticket.cost.input_tokens + ticket.cost.output_tokens
         self.in_flight.take(ticket.held_tokens, ticket.cost.sequences)
         self._flights[ticket] = None
+        self._sequences[ticket.tenant] = self._sequences.get(ticket.tenant, 0) + ticket.cost.sequences
         ticket.ramped = self._slow_start.sent()
         ticket.release()
 
@@ -311,7 +325,9 @@ class ModelHold:
             return
         usage = work.usage
         if usage is None:
-            produced = work.later_events + 1.0 if work.stream else self._estimates.written(work.sent_bytes)
+            produced = (
+                work.later_events + 1.0 if work.stream else self._estimates.written(ticket.tenant, work.sent_bytes)
+            )
             if work.first_byte_s is not None and produced > ticket.charged_output:
                 self._queue.charge(ticket.tenant, 0.0, produced - ticket.charged_output)
             return
@@ -321,7 +337,7 @@ class ModelHold:
             usage.completion_tokens - ticket.charged_output,
         )
         if work.usage_exact and work.outcome == "completed" and work.facts is not None and usage.prompt_tokens:
-            self._estimates.learn(work.facts, usage)
+            self._estimates.learn(ticket.tenant, work.facts, usage)
             self.in_flight.turnover(self._estimates.output_tokens)
 
     @property

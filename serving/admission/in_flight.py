@@ -13,10 +13,13 @@ of requests sent since the last correction) the engine queues, and the bound shr
 time and somebody waits for tokens, it grows by a twentieth (additive increase, multiplicative decrease, as TCP's).
 It never falls below a quarter of what the engine has, so a wrong signal cannot starve the engine.
 
-A request always fits where nothing is in flight. The last of the bound is kept for tenants that have less than their
-fair part in flight: whoever sends little does not wait for a slot behind somebody who takes all. Of tokens `RESERVE` is
-kept. Of slots, one, and as many as lack where fewer sequences end in a step than their successors that travel: those
-that end are independent, so of n on average a standard deviation is sqrt(n), and never more than all n are lacking.
+A request always fits where nothing is in flight, and one that is larger than half of the whole (a long prompt, a body
+of many prompts) where half is free, so it gets its turn while others go on coming.
+
+The last of the bound is kept for tenants that have less than their fair part in flight: whoever sends little does not
+wait for a slot behind somebody who takes all. Of tokens `RESERVE` is kept. Of slots, one, and as many as lack where
+fewer sequences end in a step than their successors that travel: those that end are independent, so of n on average a
+standard deviation is sqrt(n), and never more than all n are lacking.
 """
 
 from __future__ import annotations
@@ -122,11 +125,12 @@ class InFlight:
             return True
         if self._per_replica is not None:
             return self.requests < self._per_replica * self._replicas
-        if self.sequences + sequences > self.sequences_limit(keep=not reserve):
+        # One that is larger than half of the whole does not wait for the engines to run empty.
+        most = self.sequences_limit(keep=not reserve)
+        if self.sequences + min(sequences, max(1, most // 2)) > most:
             self._tokens_bind = False
             return False
         limit = self.tokens_limit(1.0 if reserve else 1.0 - RESERVE)
-        # One that is larger than half of the whole does not wait for the engines to run empty.
         self._tokens_bind = limit is not None and self.tokens + min(tokens, limit / 2) > limit
         return not self._tokens_bind
 

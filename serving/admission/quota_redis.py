@@ -2,10 +2,12 @@
 
 The rules are `quota_store`'s, in Lua beside the data; the clock is Redis' own, so gateways need not agree on the time.
 What a request holds of `concurrent_requests` is a lease: gateways renew those of running requests, and what a gateway
-that died held is free again after LEASE_S.
+that died held is free again after LEASE_S. The mark of a lease outlives it by MARK_S, whether or not that limit is set:
+a gateway that has not heard whether a reservation or a settlement was done asks for it once more, or undoes it, and by
+the mark nothing is done twice (`arrears`).
 
 Keys, all of a tenant in one slot of a cluster: `galerne:quota:{tenant}:requests` and `:tokens` (hashes, second to
-count), `:leases` (sorted set), `:day:2027-01-31` and `:month:2027-01` (numbers). All expire.
+count), `:leases` (sorted set, until when), `:day:2027-01-31` and `:month:2027-01` (numbers). All expire.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from serving.admission.quota_store import (
     Demand,
     QuotaStanding,
     Verdict,
+    month_of,
     periods,
     until_next,
 )
@@ -26,11 +29,12 @@ from serving.admission.redis_link import RedisLink
 from serving.config import LIMITS, QuotaConfig
 
 LEASE_S = 60
+MARK_S = 3600
 DAY_LIFE_S, MONTH_LIFE_S = 3 * 86400, 62 * 86400
 
 _STANDING: Final = """
 -- KEYS: requests, tokens, leases, day, month. ARGV: limits of requests, tokens, concurrent, day, month (0: none),
--- tokens asked for; to reserve also: lease, the lease's life in s, the budgets' lives in s
+-- tokens asked for; to reserve also: lease, the lease's life in s, the budgets' lives in s, the life of its mark in s
 local t = redis.call('TIME')
 local now = tonumber(t[1])
 local at = now + tonumber(t[2]) / 1e6
@@ -72,8 +76,7 @@ if limit[1] > 0 then requests = window(KEYS[1], 1, limit[1]) end
 if limit[2] > 0 then tokens = window(KEYS[2], asked, limit[2]) end
 local running, day, month = 0, 0, 0
 if limit[3] > 0 then
-  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
-  running = redis.call('ZCARD', KEYS[3])
+  running = redis.call('ZCOUNT', KEYS[3], '(' .. now, '+inf')
 end
 if limit[4] > 0 then day = tonumber(redis.call('GET', KEYS[4]) or 0) end
 if limit[5] > 0 then month = tonumber(redis.call('GET', KEYS[5]) or 0) end
@@ -113,11 +116,10 @@ if refused == 0 then
     tokens.sum = tokens.sum + asked
     tokens.reset = now + 61 - at
   end
-  if limit[3] > 0 then
-    redis.call('ZADD', KEYS[3], now + tonumber(ARGV[8]), ARGV[7])
-    redis.call('EXPIRE', KEYS[3], ARGV[8])
-    running = running + 1
-  end
+  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now - tonumber(ARGV[11]))
+  redis.call('ZADD', KEYS[3], now + tonumber(ARGV[8]), ARGV[7])
+  redis.call('EXPIRE', KEYS[3], ARGV[8] + ARGV[11])
+  if limit[3] > 0 then running = running + 1 end
   if limit[4] > 0 then day = redis.call('INCRBY', KEYS[4], asked) redis.call('EXPIRE', KEYS[4], ARGV[9]) end
   if limit[5] > 0 then month = redis.call('INCRBY', KEYS[5], asked) redis.call('EXPIRE', KEYS[5], ARGV[10]) end
 end
@@ -126,10 +128,14 @@ return answer(refused, wait)
 )
 
 _SETTLE: Final = """
--- KEYS as above. ARGV: 1 for each limit that is set, else 0; lease, second, tokens beyond the estimate, 1 for a refund
+-- KEYS as above. ARGV: 1 for each limit that is set, else 0; lease, second, tokens beyond the reserved, 1 for a refund,
+-- the budgets' lives in s, 1 where it may have been done before: then only if the lease's mark is there; the lease's
+-- life in s. A second of 0 is not known: the one in which the lease began
 local now = redis.call('TIME')[1]
 local second, beyond = ARGV[7], tonumber(ARGV[8])
-if ARGV[3] == '1' then redis.call('ZREM', KEYS[3], ARGV[6]) end
+local till = redis.call('ZSCORE', KEYS[3], ARGV[6])
+if till then redis.call('ZREM', KEYS[3], ARGV[6]) elseif ARGV[12] == '1' then return 0 end
+if second == '0' and till then second = string.format('%d', tonumber(till) - tonumber(ARGV[13])) end
 if ARGV[9] == '1' and redis.call('HEXISTS', KEYS[1], second) == 1 then redis.call('HINCRBY', KEYS[1], second, -1) end
 if ARGV[2] == '1' then
   if beyond > 0 then
@@ -148,11 +154,26 @@ end
 return 0
 """
 
+_OWE: Final = """
+-- KEYS as above. ARGV: 1 for each budget that is set, else 0; the debt's name, its tokens, the budgets' lives in s, the
+-- life of its mark in s: it is charged once
+local now = tonumber(redis.call('TIME')[1])
+if redis.call('ZADD', KEYS[3], 'NX', now, ARGV[3]) == 0 then return 0 end
+if redis.call('TTL', KEYS[3]) < tonumber(ARGV[7]) then redis.call('EXPIRE', KEYS[3], ARGV[7]) end
+for i = 1, 2 do
+  if ARGV[i] == '1' then
+    redis.call('INCRBY', KEYS[3 + i], ARGV[4])
+    redis.call('EXPIRE', KEYS[3 + i], ARGV[4 + i])
+  end
+end
+return 0
+"""
+
 _RENEW: Final = """
--- KEYS: leases. ARGV: their life in s, then those that run
+-- KEYS: leases. ARGV: their life in s, the life of their marks in s, then those that run
 local till = tonumber(redis.call('TIME')[1]) + tonumber(ARGV[1])
-for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', till, ARGV[i]) end
-redis.call('EXPIRE', KEYS[1], ARGV[1])
+for i = 3, #ARGV do redis.call('ZADD', KEYS[1], 'XX', till, ARGV[i]) end
+redis.call('EXPIRE', KEYS[1], ARGV[1] + ARGV[2])
 return 0
 """
 
@@ -163,46 +184,61 @@ class RedisStore:
     def __init__(self, link: RedisLink, wall_s: Callable[[], float] = time.time) -> None:
         """`wall_s` says only which day and month it is."""
         self._link = link
-        self._wall_s = wall_s
-        scripts = (_RESERVE, _SETTLE, _RENEW, _LOOK)
-        self._reserve, self._settle, self._renew, self._look = (link.redis.register_script(s) for s in scripts)
+        self.wall_s = wall_s
+        scripts = (_RESERVE, _SETTLE, _RENEW, _LOOK, _OWE)
+        scripts_of = (link.redis.register_script(s) for s in scripts)
+        self._reserve, self._settle, self._renew, self._look, self._owe = scripts_of
 
     async def reserve(self, demand: Demand) -> Verdict:
         """Count a request if every limit has room for it, else count nothing."""
-        now_s = self._wall_s()
+        return await self.reserve_at(self.wall_s(), demand)
+
+    async def reserve_at(self, now_s: float, demand: Demand) -> Verdict:
+        """The same, by the budgets of this moment."""
         day, month = periods(now_s)
         limits = [limit or 0 for limit in demand.quota.by_limit.values()]
-        args = [*limits, demand.tokens, demand.lease, LEASE_S, DAY_LIFE_S, MONTH_LIFE_S]
+        args = [*limits, demand.tokens, demand.lease, LEASE_S, DAY_LIFE_S, MONTH_LIFE_S, MARK_S]
         keys = _keys(demand.tenant, day, month)
         return _verdict(await self._link.call(lambda _: self._reserve(keys=keys, args=args)), now_s)
 
     async def look(self, tenant: str, quota: QuotaConfig) -> QuotaStanding:
         """Where a tenant stands, nothing counted."""
-        now_s = self._wall_s()
+        now_s = self.wall_s()
         keys, args = _keys(tenant, *periods(now_s)), [*(limit or 0 for limit in quota.by_limit.values()), 0]
         found = await self._link.call(lambda _: self._look(keys=keys, args=args))
         return QuotaStanding.of(quota, _verdict(found, now_s), now_s)
 
-    async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
-        """A request has ended."""
+    async def settle(
+        self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool, again: bool = False
+    ) -> None:
+        """A request has ended; `again`: only if it was counted and has not been settled before."""
         flags = [int(limit is not None) for limit in demand.quota.by_limit.values()]
         beyond = used_tokens - demand.tokens
-        args = [*flags, demand.lease, verdict.second, beyond, int(refund), DAY_LIFE_S, MONTH_LIFE_S]
+        args = [
+            *flags,
+            demand.lease,
+            verdict.second,
+            beyond,
+            int(refund),
+            DAY_LIFE_S,
+            MONTH_LIFE_S,
+            int(again),
+            LEASE_S,
+        ]
         keys = _keys(demand.tenant, verdict.day, verdict.month)
         await self._link.call(lambda _: self._settle(keys=keys, args=args))
 
-    async def owe(self, demand: Demand, verdict: Verdict, tokens: int) -> None:
-        """Charge budgets what was used while this store was away."""
-        by_budget = (demand.quota.tokens_per_day, demand.quota.tokens_per_month)
-        args: list[Any] = [0, 0, 0, *(int(limit is not None) for limit in by_budget)]
-        args += ["", 0, tokens, 0, DAY_LIFE_S, MONTH_LIFE_S]
-        keys = _keys(demand.tenant, verdict.day, verdict.month)
-        await self._link.call(lambda _: self._settle(keys=keys, args=args))
+    async def owe(self, name: str, tenant: str, quota: QuotaConfig, day: str, tokens: int) -> None:
+        """Charge the budgets of a day and its month what was used while this store was away; once for each name."""
+        by_budget = (quota.tokens_per_day, quota.tokens_per_month)
+        args = [*(int(limit is not None) for limit in by_budget), name, tokens, DAY_LIFE_S, MONTH_LIFE_S, MARK_S]
+        keys = _keys(tenant, day, month_of(day))
+        await self._link.call(lambda _: self._owe(keys=keys, args=args))
 
     async def renew(self, leases: Iterable[tuple[str, list[str]]]) -> None:
         """Keep what running requests hold: (tenant, its leases)."""
         for tenant, running in leases:
-            await self._keep(_keys(tenant, "", "")[2], [LEASE_S, *running])
+            await self._keep(_keys(tenant, "", "")[2], [LEASE_S, MARK_S, *running])
 
     async def _keep(self, key: str, args: list[Any]) -> None:
         await self._link.call(lambda _: self._renew(keys=[key], args=args))

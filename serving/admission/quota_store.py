@@ -38,7 +38,7 @@ CONCURRENT_WAIT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request asks for: `lease` names it among those running, `tokens` is an estimate."""
+    """What a request asks for: `lease` names it among all requests there ever were, `tokens` is what is reserved."""
 
     tenant: str
     quota: QuotaConfig
@@ -51,8 +51,8 @@ class Verdict:
     """Whether a request may go, and where its tenant stands with it.
 
     `refused`: the limit that stands in the way. `wait_s`: until it could fit; None: it never will, it is larger than
-    the limit. `second`: the bucket it was counted in. `day`, `month`: which budgets. Of limits that are not set the
-    numbers are 0.
+    the limit. `second`: the bucket it was counted in, 0: not known. `day`, `month`: which budgets. Of limits that are
+    not set the numbers are 0.
     """
 
     refused: Limit | None
@@ -67,6 +67,11 @@ class Verdict:
     second: int
     day: str
     month: str
+
+    @classmethod
+    def uncounted(cls, now_s: float) -> Verdict:
+        """Of a request that goes without being counted; budgets are charged for it later."""
+        return cls(None, 0.0, 0, 0.0, 0, 0.0, 0, 0, 0, 0, *periods(now_s))
 
     @property
     def used(self) -> dict[Limit, int]:
@@ -119,7 +124,11 @@ class QuotaStore(Protocol):
 
 
 class StoreDown(Exception):
-    """The store of quotas does not answer."""
+    """The store of quotas does not answer. `asked`: it may have done what it was asked, and nobody heard so."""
+
+    def __init__(self, *, asked: bool = False) -> None:
+        super().__init__()
+        self.asked = asked
 
 
 class Window:
@@ -296,7 +305,12 @@ def _verdict(counted: _Tenant, now_s: float, refused: Limit | None, wait_s: floa
 def periods(now_s: float) -> tuple[str, str]:
     """The calendar day and month of a time, UTC: `2027-01-31`, `2027-01`."""
     day = datetime.fromtimestamp(now_s, UTC).date().isoformat()
-    return day, day[:7]
+    return day, month_of(day)
+
+
+def month_of(day: str) -> str:
+    """The month of a day, both as `periods` writes them."""
+    return day[:7]
 
 
 def until_next(now_s: float, period: Literal["day", "month"]) -> float:

@@ -1,25 +1,29 @@
 """Whether a tenant may use more now: admits a request against its limits, and settles what it really used.
 
-Promises: no limit is passed by more than what running requests use beyond their estimates; a request that no engine
-answered for the cluster's own reasons costs nothing; a tenant without limits pays one look-up. While a shared store
-does not answer, what happens is the operator's choice (`limits_on_outage`), requests do not wait for it again and
-again, and what was used meanwhile is charged to the budgets once it is back.
+Promises: no limit is passed by more than what running requests use beyond what was reserved; nobody is told that a
+request never fits because of a guess; a request that no engine answered for the cluster's own reasons costs nothing; a
+tenant without limits pays one look-up. While a shared store does not answer, what happens is the operator's choice
+(`limits_on_outage`), requests do not wait for it again and again, and what was used meanwhile is charged to the budgets
+once it is back, whatever was chosen (`arrears`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
 import structlog
 
+from serving.admission.arrears import Arrears
 from serving.admission.estimates import Cost
 from serving.admission.quota_redis import LEASE_S, RedisStore
 from serving.admission.quota_store import Demand, MemoryStore, QuotaStanding, QuotaStore, StoreDown, Verdict
@@ -74,11 +78,11 @@ class Ended(Work, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What a request was admitted with."""
+    """What a request was admitted with; `store` None: it was let through uncounted."""
 
     demand: Demand
     verdict: Verdict
-    store: QuotaStore
+    store: QuotaStore | None
 
 
 class Quotas:
@@ -97,14 +101,13 @@ class Quotas:
         self._memory = memory
         self._link = link
         self._shared = None if link is None else RedisStore(link)
+        self._arrears = None if self._shared is None else Arrears(self._shared, lambda: uuid.uuid4().hex)
         self._on_outage = on_outage
         self._metrics = metrics
         self._limited: dict[str, QuotaConfig] = {}
         self._gateways = 1
         # By tenant, the leases of running requests.
         self._running: dict[str, set[str]] = {}
-        # Tokens used during an outage, to be charged to budgets after it; one demand a tenant.
-        self._owed: dict[str, tuple[Charge, int]] = {}
         self._settling: set[asyncio.Task[None]] = set()
         self.update(tenants)
 
@@ -133,10 +136,9 @@ class Quotas:
         quota = self._limited.get(tenant)
         if quota is None:
             return None
-        demand = Demand(tenant, quota, lease, math.ceil(cost.input_tokens + cost.output_tokens))
-        charge = await self._reserve(demand)
-        if charge is None:
-            return None
+        charge = await self._reserve(Demand(tenant, quota, lease, reserved(cost, quota)))
+        if charge.store is None:
+            return charge
         quota, verdict = charge.demand.quota, charge.verdict
         self._show(tenant, quota, verdict)
         headers += headers_of(quota, verdict)
@@ -191,13 +193,20 @@ class Quotas:
 
     # --
 
-    async def _reserve(self, demand: Demand) -> Charge | None:
-        if self._shared is None:
+    async def _reserve(self, demand: Demand) -> Charge:
+        if self._shared is None or self._arrears is None:
             return Charge(demand, await self._memory.reserve(demand), self._memory)
-        with suppress(StoreDown):
-            return Charge(demand, await self._shared.reserve(demand), self._shared)
+        now_s = self._shared.wall_s()
+        try:
+            return Charge(demand, await self._shared.reserve_at(now_s, demand), self._shared)
+        except StoreDown as down:
+            if down.asked:
+                self._arrears.undo(demand, now_s)
+        except asyncio.CancelledError:
+            self._arrears.undo(demand, now_s)
+            raise
         if self._on_outage == "open":
-            return None
+            return Charge(demand, Verdict.uncounted(now_s), None)
         if self._on_outage == "closed":
             self._metrics.quota_refused(demand.tenant, "store")
             raise Unavailable(
@@ -205,35 +214,30 @@ class Quotas:
                 code="limits_unavailable",
                 retry_after_s=OUTAGE_RETRY_S,
             )
-        own = Demand(demand.tenant, part_of(demand.quota, self._gateways), demand.lease, demand.tokens)
+        own = part_in_outage(demand, self._gateways)
         return Charge(own, await self._memory.reserve(own), self._memory)
 
     async def _settle(self, charge: Charge, used: int, *, refund: bool) -> None:
         demand, verdict = charge.demand, charge.verdict
-        if charge.store is self._memory:
-            await self._memory.settle(demand, verdict, used, refund=refund)
-            if self._shared is None:
-                return
-            beyond = used
-        else:
-            with suppress(StoreDown):
+        if charge.store is not None:
+            try:
                 await charge.store.settle(demand, verdict, used, refund=refund)
+            except StoreDown as down:
+                if self._arrears is not None:
+                    self._arrears.settle(demand, verdict, used, refund=refund, again=down.asked)
                 return
-            beyond = used - demand.tokens
-        _, owed = self._owed.get(demand.tenant, (charge, 0))
-        self._owed[demand.tenant] = charge, owed + beyond
+        if self._arrears is not None and charge.store is not self._shared:
+            # To the day it was admitted on, as where the store has not been away.
+            self._arrears.owe(demand, verdict.day, used)
 
     async def _look(self, *, renew: bool) -> None:
         self._memory.save()
-        if self._link is None or self._shared is None:
+        if self._link is None or self._shared is None or self._arrears is None:
             return
         if not await self._link.probe():
             return
         with suppress(StoreDown):
-            while self._owed:
-                tenant, (charge, tokens) = next(iter(self._owed.items()))
-                await self._shared.owe(charge.demand, charge.verdict, tokens)
-                del self._owed[tenant]
+            await self._arrears.pay()
             if renew:
                 await self._shared.renew([(t, list(leases)) for t, leases in self._running.items() if leases])
 
@@ -251,6 +255,29 @@ def _uses(quota: QuotaConfig, verdict: Verdict) -> Iterable[tuple[Limit, int, in
 def part_of(quota: QuotaConfig, gateways: int) -> QuotaConfig:
     """One gateway's part of a tenant's limits; never nothing."""
     return QuotaConfig(**{name: None if most is None else max(1, most // gateways) for name, most in quota})
+
+
+def reserved(cost: Cost, quota: QuotaConfig) -> int:
+    """Tokens to reserve for a request: what is expected of it, at most all there is.
+
+    An expectation beyond a limit is a guess: such a request gets its turn when nothing else counts. Only where the
+    request itself says more than the limit has, it is asked for in full, and so refused for good.
+    """
+    most = _smallest(quota)
+    expected = math.ceil(cost.input_tokens + cost.output_tokens)
+    return expected if cost.stated_tokens > most else min(expected, most)
+
+
+def part_in_outage(demand: Demand, gateways: int) -> Demand:
+    """What a request asks of one gateway's part of the limits: what fits the whole is not too large for a part."""
+    part = part_of(demand.quota, gateways)
+    fits = demand.tokens <= _smallest(demand.quota)
+    return replace(demand, quota=part, tokens=min(demand.tokens, _smallest(part)) if fits else demand.tokens)
+
+
+def _smallest(quota: QuotaConfig) -> int:
+    limits = (quota.tokens_per_minute, quota.tokens_per_day, quota.tokens_per_month)
+    return min((most for most in limits if most is not None), default=sys.maxsize)
 
 
 def used_tokens(work: Ended, cost: Cost) -> int:

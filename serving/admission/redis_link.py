@@ -88,7 +88,7 @@ class RedisLink:
                 # The kind alone: a message may hold the address with its password.
                 log.warning("the store of limits does not answer", host=self.where, kind=type(error).__name__)
             self._set(up=False)
-            raise StoreDown from error
+            raise StoreDown(asked=True) from error
         self._set(up=True)
         return result
 

@@ -342,7 +342,7 @@ class Gateway:
         )
         if identity.tenant_id not in self.quotas:
             return await self._accepted(call, exchange)
-        cost = self.hold[model.id].expect(exchange, len(body))
+        cost = self.hold[model.id].expect(identity.tenant_id, exchange, len(body))
         lease = f"{self._rng.getrandbits(64):016x}"
         charge = await self.quotas.admit(identity.tenant_id, model.id, lease, cost, call.extra)
         try:

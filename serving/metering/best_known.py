@@ -13,7 +13,6 @@ from serving.metering.answers import FREE_PATHS, NOTHING
 from serving.metering.usage import BYTES_PER_TOKEN, Usage
 
 REFUSED: Final = range(400, 500)
-COMPLETIONS: Final = "/v1/completions"
 
 
 class Ended(Protocol):
@@ -42,9 +41,9 @@ def most_lost(ended: Ended, counted_prompt_tokens: int, *, exact: bool) -> tuple
     """
     facts = ended.facts
     prompt = counted_prompt_tokens if exact and counted_prompt_tokens else None
-    if facts is None or facts.max_output_tokens is None or (ended.path == COMPLETIONS and facts.max_output_tokens):
-        return prompt, None  # the body of a completion may hold several prompts
-    return prompt, facts.max_output_tokens * facts.n
+    if facts is None or facts.max_output_tokens is None:
+        return prompt, None
+    return prompt, facts.max_output_tokens * facts.sequences
 
 
 def best_known(ended: Ended) -> tuple[Usage, bool]:

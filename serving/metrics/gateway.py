@@ -131,6 +131,7 @@ class GatewayMetrics:
         self._bytes_out = lru_cache(maxsize=None)(metrics.counter("galerne_response_bytes").labels)
         self._upstream = lru_cache(maxsize=None)(metrics.counter("galerne_upstream_errors").labels)
         self._holds = lru_cache(maxsize=None)(metrics.counter("galerne_holds").labels)
+        self._queue_place = lru_cache(maxsize=None)(metrics.histogram("galerne_queue_place").labels)
         self._hold_seconds = lru_cache(maxsize=None)(metrics.histogram("galerne_hold_seconds").labels)
         self._routes = lru_cache(maxsize=None)(metrics.counter("galerne_route_choices").labels)
         self._route_tokens = lru_cache(maxsize=None)(metrics.counter("galerne_route_prompt_tokens").labels)
@@ -281,6 +282,10 @@ class GatewayMetrics:
         self._tokens(row.model, row.tenant, "prompt").inc(row.prompt_tokens)
         self._tokens(row.model, row.tenant, "cached").inc(row.cached_tokens)
         self._tokens(row.model, row.tenant, "completion").inc(row.completion_tokens)
+
+    def hold_began(self, model: str, tenant: str, place: int) -> None:
+        """A request began to wait, in this place among its tenant's own."""
+        self._queue_place(model, tenant).observe(place)
 
     def hold_ended(self, model: str, tenant: str, end: str, seconds: float) -> None:
         """A request's wait for a replica is over: released, full, displaced, late or left."""

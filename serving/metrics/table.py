@@ -14,6 +14,7 @@ from serving.metrics.spec import Spec
 SECONDS_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
 SECONDS_START = (0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
 SECONDS_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+PLACES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 NO_TENANT = "none"  # label value before a key was recognised
 NO_MODEL = "none"  # label value where a request names no served model
 MET, MISSED = "true", "false"  # label values of `met`
@@ -167,6 +168,14 @@ TABLE: tuple[Spec, ...] = (
         ("model", "tenant"),
         "How long requests waited for a replica or for their turn; those that did not wait are not here.",
         SECONDS_LONG,
+    ),
+    Spec(
+        "galerne_queue_place",
+        "histogram",
+        ("model", "tenant"),
+        "Place of a request among its own tenant's when it began to wait; 1: the tenant's next. Whose turn it is "
+        "between tenants galerne_queue_lag_tokens tells.",
+        PLACES,
     ),
     Spec(
         "galerne_service_tokens",

@@ -226,20 +226,20 @@ async def test_rows_that_wait_for_an_engine_are_made_when_the_gateway_goes(ledge
 
 
 @pytest.mark.parametrize(
-    ("path", "most", "n", "counted", "exact", "expected"),
+    ("most", "n", "prompts", "counted", "exact", "expected"),
     [
-        (COMPLETIONS, 6, 2, 40, True, (40, 12)),
-        (COMPLETIONS, None, 1, 40, True, (40, None)),
-        (COMPLETIONS, 6, 1, 40, False, (None, 6)),
+        (6, 2, 1, 40, True, (40, 12)),
+        (None, 1, 1, 40, True, (40, None)),
+        (6, 1, 1, 40, False, (None, 6)),
         # Its prompt was not computed there; elsewhere it may have been.
-        (COMPLETIONS, 6, 1, 0, True, (None, 6)),
-        ("/v1/completions", 6, 1, 40, True, (40, None)),
-        ("/v1/embeddings", 0, 1, 40, True, (40, 0)),
+        (6, 1, 1, 0, True, (None, 6)),
+        (6, 2, 3, 40, True, (40, 36)),
+        (0, 1, 3, 40, True, (40, 0)),
     ],
 )
 def test_what_a_lost_attempt_cost_at_most(
-    path: str, most: int | None, n: int, counted: int, exact: bool, expected: tuple[int | None, int | None]
+    most: int | None, n: int, prompts: int, counted: int, exact: bool, expected: tuple[int | None, int | None]
 ) -> None:
-    facts = RequestFacts("chat", True, False, 8, most, n)
-    exchange = Exchange("chat", path, b"", "id", started_s=0.0, facts=facts)
+    facts = RequestFacts("chat", True, False, 8, most, n, prompts)
+    exchange = Exchange("chat", "/v1/completions", b"", "id", started_s=0.0, facts=facts)
     assert most_lost(exchange, counted, exact=exact) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -62,6 +63,8 @@ async def test_slots_are_shared_by_weight_and_what_streams_is_charged_while_it_s
     clock.now_s += 1
     running.pop().end()
     assert [t.tenant for t in waiting if t.released] == ["b"]
+    # Their places among their tenant's own, when they came.
+    assert ends.places == [(name, place) for name in "ab" for place in (1, 2, 3)]
     assert hold.queue.lane("a").service == 4 * (100 + 2 * 50)
     # By the books: b's input counts half for its weight.
     assert hold.queue.lane("b").counter - hold.queue.lane("a").counter < 0
@@ -85,7 +88,8 @@ async def test_what_was_used_is_what_is_charged() -> None:
     assert done(counted) == pytest.approx(30 + 2 * 7)
     streamed = Job()
     streamed.first_byte_s, streamed.later_events = clock.now_s, 9
-    assert done(streamed) == pytest.approx(400 / hold._estimates.bytes_per_token + 2 * 10)
+    expected = hold.expect("a", streamed, 0).input_tokens
+    assert done(streamed) == pytest.approx(expected + 2 * 10)
     assert done(Job()) == pytest.approx(0.0)  # no engine answered
     gone = Job()
     gone.client_left = True  # the engine may have read it
@@ -205,6 +209,8 @@ async def test_a_flood_does_not_stand_before_another_tenant() -> None:
     async with rig(FakeEngineConfig(decode_ms=5), wrap=wrap, chat={"hold": {"sequences_per_replica": 1}}) as made:
         flood = [post(AUTH, "flood") for _ in range(12)]
         await until(lambda: made.total("galerne_requests_held", tenant="press") == 11)
+        places = {float(labels["le"]): n for labels, n in made.metrics.counts("galerne_queue_place") if "le" in labels}
+        assert (places[1], places[4], places[8], places[16]) == (1, 4, 8, 11)
         light = [post(OTHER, "light") for _ in range(2)]
         assert {(await task).status_code for task in [*flood, *light]} == {200}
     # One of the flood ran; then both take turns, and the light one's two are over before the flood is.
@@ -245,3 +251,22 @@ async def test_two_at_one_moment_of_who_sends_little_both_have_what_is_kept() ->
     assert not third.released
     for ticket in [*flood, first, second, third]:
         ticket.end()
+
+
+async def test_who_has_little_in_flight_is_told_by_sequences_not_by_bodies() -> None:
+    clock = Clock()
+    hold = one_hold(clock, Ends(), Timers(), {"flood": {}, "light": {}}, sequences_per_replica=128, requests=400)
+
+    def batch() -> Job:
+        job = Job()
+        job.facts = replace(job.facts, prompts=40)
+        return job
+
+    flood = [hold.enter("flood", 1, clock.now_s, batch()) for _ in range(6)]
+    assert [ticket.released for ticket in flood] == [True] * 3 + [False] * 3
+    # Four bodies of one prompt beside three of forty: it still has less than its part.
+    light = [hold.enter("light", 1, clock.now_s, Job()) for _ in range(4)]
+    assert all(ticket.released for ticket in light)
+    for ticket in [*flood, *light]:
+        ticket.end()
+    assert (hold.turns, hold.in_flight.sequences, hold._sequences) == (0, 0, {})

@@ -32,6 +32,10 @@ class Ends:
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str]] = []
+        self.places: list[tuple[str, int]] = []
+
+    def hold_began(self, model: str, tenant: str, place: int) -> None:
+        self.places.append((tenant, place))
 
     def hold_ended(self, model: str, tenant: str, end: str, seconds: float) -> None:
         self.rows.append((tenant, end))
