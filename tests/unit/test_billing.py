@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
@@ -108,23 +109,36 @@ async def test_the_bill_is_what_the_engines_counted(ledger: Kept) -> None:
         async with vectors(made) as embedding:
             room = asyncio.Semaphore(AT_ONCE)
 
-            async def ask(path: str, body: dict[str, Any], patience_s: float | None) -> None:
+            async def ask(path: str, body: dict[str, Any], patience_s: float | None, events: float) -> None:
                 async with room:
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(patience_s):
-                            answer = await made.http.post(path, headers=AUTH, json=body)
-                            assert answer.status_code == 200, answer.text
+                        async with (
+                            asyncio.timeout(patience_s),
+                            made.http.stream("POST", path, headers=AUTH, json=body) as answer,
+                        ):
+                            assert answer.status_code == 200, await answer.aread()
+                            async for part in answer.aiter_bytes():
+                                events -= part.count(b"\n\n")
+                                if events < 0:
+                                    return
 
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(REQUESTS):
-                    leaves = rng.random() < 0.3
-                    tasks.create_task(ask(*request(rng), rng.uniform(0.001, 0.12) if leaves else None))
+                    path, body = request(rng)
+                    patience_s, events = None, math.inf
+                    if rng.random() < 0.3:
+                        # Of a stream after some of its events, of another answer after some of its time.
+                        if body.get("stream"):
+                            events = rng.randint(0, body.get("max_tokens", body.get("max_output_tokens", 1)) // 2)
+                        else:
+                            patience_s = rng.uniform(0.001, 0.12)
+                    tasks.create_task(ask(path, body, patience_s, events))
             await made.settled()
             # A client that left before its request was read is no accepted request.
             rows = await complete(ledger, int(made.total("galerne_requests_accepted_total")))
             engines = [await counted(server) for server in [*made.engines, embedding]]
     left = [row for row in rows if row.outcome == "cancelled"]
-    # Six hundred leave; the busier the machine, the more of them before their request was read.
+    # Six hundred leave; the busier the machine, the more of them when all had been written.
     assert len(left) > REQUESTS / 40
     assert any(row.completion_tokens for row in left)
     assert all(row.exact for row in rows)
