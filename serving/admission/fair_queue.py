@@ -59,7 +59,17 @@ W = TypeVar("W", bound=Waiting)
 class Lane(Generic[W]):
     """One tenant: its counter (service over weight), who waits, and how many requests are in flight."""
 
-    __slots__ = ("counter", "group", "in_flight", "service", "tenant", "waiting", "waiting_bytes", "weight")
+    __slots__ = (
+        "counter",
+        "group",
+        "in_flight",
+        "sequences",
+        "service",
+        "tenant",
+        "waiting",
+        "waiting_bytes",
+        "weight",
+    )
 
     def __init__(self, tenant: str, weight: float, group: _Class[W]) -> None:
         self.tenant = tenant
@@ -71,6 +81,13 @@ class Lane(Generic[W]):
         self.waiting: deque[W] = deque()
         self.waiting_bytes = 0
         self.in_flight = 0
+        # Of those in flight, kept by whoever knows how many a request has.
+        self.sequences = 0
+
+    @property
+    def present(self) -> bool:
+        """Whether it waits or is served."""
+        return bool(self.waiting or self.in_flight)
 
 
 class _Class(Generic[W]):
@@ -115,7 +132,7 @@ class FairQueue(Generic[W]):
         for tenant, lane in list(self._lanes.items()):
             standing = standings.get(tenant)
             if standing is None:
-                if not lane.waiting and not lane.in_flight:
+                if not lane.present:
                     del self._lanes[tenant]
                 continue
             lane.weight = standing.weight
@@ -144,7 +161,7 @@ class FairQueue(Generic[W]):
         if not lane.waiting:
             lane.counter = max(lane.counter, self._lowest(lane))
             lane.group.active[lane.tenant] = lane
-            self._weights = None
+        self._absent(lane)
         lane.waiting.append(item)
         self._length += 1
 
@@ -194,15 +211,16 @@ class FairQueue(Generic[W]):
         self._length -= 1
         if not lane.waiting:
             del lane.group.active[lane.tenant]
-            self._weights = None
             lane.group.floor = lane.counter
             if not lane.group.active:
                 lane.group.passed = 0.0
+            self._absent(lane)
 
     def done(self, tenant: str) -> None:
         """A request in flight has ended."""
-        self.lane(tenant).in_flight -= 1
-        self._weights = None
+        lane = self.lane(tenant)
+        lane.in_flight -= 1
+        self._absent(lane)
 
     def charge(self, tenant: str, input_tokens: float, output_tokens: float) -> None:
         """Tokens that a tenant was given, or (negative) was charged too much."""
@@ -237,14 +255,19 @@ class FairQueue(Generic[W]):
     def fair_part(self, lane: Lane[W]) -> float:
         """The part of the whole, 0 to 1, that a tenant's weight gives it among those who wait or are served."""
         if self._weights is None:
-            self._weights = sum(other.weight for other in self._lanes.values() if other.waiting or other.in_flight)
+            self._weights = sum(other.weight for other in self._lanes.values() if other.present)
         return 1.0 if self._weights <= lane.weight else lane.weight / self._weights
 
     # --
 
+    def _absent(self, lane: Lane[W]) -> None:
+        """Before a tenant comes and after it has gone: who is there changes. Of one that is there it does not."""
+        if not lane.present:
+            self._weights = None
+
     def _dispatch(self, lane: Lane[W], item: W) -> None:
+        self._absent(lane)
         lane.in_flight += 1
-        self._weights = None
         self._charge(lane, INPUT_WEIGHT * item.input_tokens)
 
     def _charge(self, lane: Lane[W], service: float) -> None:

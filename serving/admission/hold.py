@@ -16,13 +16,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
+from serving.admission.capacity import Capacity, configured
 from serving.admission.estimates import FREE, Cost, TokenEstimates
 from serving.admission.fair_queue import FairQueue, Lane, Standing
-from serving.admission.in_flight import DEFAULT_SEQUENCES, FIRST_BYTE_S, Capacity, InFlight
+from serving.admission.in_flight import FIRST_BYTE_S, InFlight
 from serving.admission.slow_start import SlowStart
-from serving.admission.ticket import CallLater, End, Ticket, Timer, Work, on_the_loop
+from serving.admission.ticket import CallLater, End, Ticket, Timer, Work
 from serving.admission.waking import Waking
-from serving.config import AutoscalingConfig, FakeEngineConfig, ModelConfig, TenantConfig, TenantQueueConfig
+from serving.config import AutoscalingConfig, ModelConfig, TenantConfig, TenantQueueConfig
 from serving.errors import RateLimited, RequestError, Unavailable
 
 # Replicas that could not be reached are tried again after so long, if the cluster does not speak first.
@@ -71,7 +72,7 @@ class ModelHold:
         self._tenants: Mapping[str, TenantQueueConfig] = {}
         self._queue: FairQueue[Ticket] = FairQueue()
         self._estimates = TokenEstimates(generates=model.task == "generate")
-        self._configured = configured_capacity(model)
+        self._configured = configured(model)
         self.in_flight = InFlight(
             self._configured,
             per_replica=model.hold.in_flight_per_replica,
@@ -80,8 +81,6 @@ class ModelHold:
         self._generates = model.task == "generate"
         # Insertion order; the value is unused.
         self._flights: dict[Ticket, None] = {}
-        # Of each tenant that has any in flight.
-        self._sequences: dict[str, int] = {}
         self._counted_s = -math.inf
         self._bytes = 0
         self._ready = 0
@@ -259,9 +258,7 @@ class ModelHold:
         del self._flights[ticket]
         self._settle(ticket)
         self.in_flight.give(ticket.held_tokens, ticket.cost.sequences)
-        left = self._sequences.pop(ticket.tenant, 0) - ticket.cost.sequences
-        if left > 0:
-            self._sequences[ticket.tenant] = left
+        self._queue.lane(ticket.tenant).sequences -= ticket.cost.sequences
         self._queue.done(ticket.tenant)
         if ticket.ramped:
             ticket.ramped = False
@@ -283,8 +280,7 @@ class ModelHold:
 
     def _below_its_part(self, lane: Lane[Ticket]) -> bool:
         # By sequences: a body may hold many prompts.
-        own = self._sequences.get(lane.tenant, 0)
-        return own < self._queue.fair_part(lane) * self.in_flight.sequences or own == 0
+        return lane.sequences < self._queue.fair_part(lane) * self.in_flight.sequences or lane.sequences == 0
 
     def _send(self, ticket: Ticket) -> None:
         """A request goes: it is in flight from now on."""
@@ -292,7 +288,7 @@ class ModelHold:
         ticket.held_tokens = ticket.cost.input_tokens + ticket.cost.output_tokens
         self.in_flight.take(ticket.held_tokens, ticket.cost.sequences)
         self._flights[ticket] = None
-        self._sequences[ticket.tenant] = self._sequences.get(ticket.tenant, 0) + ticket.cost.sequences
+        self._queue.lane(ticket.tenant).sequences += ticket.cost.sequences
         ticket.ramped = self._slow_start.sent()
         ticket.release()
 
@@ -422,56 +418,3 @@ class ModelHold:
         if self._reachable:
             return min(MOST_BUSY_RETRY_S, max(BUSY_RETRY_S, math.ceil(self.oldest_s())))
         return self._waking.retry_after_s()
-
-
-class Hold:
-    """The holds of all models of a gateway."""
-
-    def __init__(
-        self,
-        models: Iterable[ModelConfig],
-        tenants: Iterable[TenantConfig] = (),
-        *,
-        clock: Callable[[], float],
-        on_need: Callable[[str], None],
-        metrics: HoldMetrics,
-        call_later: CallLater = on_the_loop,
-    ) -> None:
-        """`on_need(model)` is called while somebody waits for a model that sleeps."""
-        self._holds = {
-            m.id: ModelHold(m, clock=clock, on_need=on_need, metrics=metrics, call_later=call_later) for m in models
-        }
-        self.update(tenants)
-
-    def __getitem__(self, model: str) -> ModelHold:
-        """The hold of a model; KeyError where there is no such model."""
-        return self._holds[model]
-
-    def items(self) -> Iterable[tuple[str, ModelHold]]:
-        """Every model with its hold."""
-        return self._holds.items()
-
-    def update(self, tenants: Iterable[TenantConfig]) -> None:
-        """Take the tenants' weights, priorities and bounds, now or after a reload."""
-        granted = {tenant.id: tenant for tenant in tenants}
-        for hold in self._holds.values():
-            hold.grant(granted)
-
-    def divide(self, gateways: int) -> None:
-        """Take how many gateways, this one included, give to the same engines."""
-        for hold in self._holds.values():
-            hold.divide(gateways)
-
-
-def configured_capacity(model: ModelConfig) -> Capacity:
-    """What a replica computes at a time, as far as the configuration says."""
-    sequences, kv_tokens = model.hold.sequences_per_replica, model.hold.kv_tokens_per_replica
-    if model.is_fake:
-        fake = model.fake or FakeEngineConfig()
-        sequences = sequences or fake.batch_slots
-        kv_tokens = kv_tokens or fake.kv_blocks * fake.block_tokens
-    named = model.engine.get("max_num_seqs")
-    if sequences is None:
-        sequences = named if isinstance(named, int) and named > 0 else DEFAULT_SEQUENCES
-    # An embedding keeps no KV cache from one pass to the next.
-    return Capacity(sequences, kv_tokens if model.task == "generate" else None)

@@ -26,13 +26,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
 from statistics import median
 
+from serving.admission.capacity import Capacity
 from serving.admission.gateway_part import GatewayPart
 
-# vLLM's own default for most devices.
-DEFAULT_SEQUENCES = 256
 RESERVE = 1 / 64
 # Slots kept: one and so many standard deviations of what ends in a step (99 of 100 steps end no fewer), but never more
 # than this part of all.
@@ -50,14 +48,6 @@ FIRST_BYTE_S = 2.0
 BEST_WINDOWS = 64
 # With less than this part of its slots in use an engine's delays say nothing of the bound.
 BUSY = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """What one replica computes at a time; `kv_tokens` None: not known, or no bound."""
-
-    sequences: int = DEFAULT_SEQUENCES
-    kv_tokens: int | None = None
 
 
 class InFlight:

@@ -20,7 +20,8 @@ from typing import Any
 
 import structlog
 
-from serving.admission.hold import Hold, ModelHold
+from serving.admission.hold import ModelHold
+from serving.admission.holds import Hold
 from serving.admission.quota_store import StoreDown
 from serving.admission.redis_link import RedisLink
 

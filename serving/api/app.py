@@ -22,7 +22,7 @@ import structlog
 
 from serving import tracing
 from serving.admission import bounds, output_default, quotas
-from serving.admission.hold import Hold
+from serving.admission.holds import Hold
 from serving.admission.ongoing import Ongoing
 from serving.admission.shared_service import SharedService
 from serving.admission.shedding import Bounds, Shedder

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from random import Random
 
-from serving.admission.hold import Hold
+from serving.admission.holds import Hold
 from serving.api.body import ClientLeft, Receive, Send
 from serving.api.errors import sse_event
 from serving.api.exchange import Exchange, Sent

@@ -28,7 +28,10 @@ class Cluster:
 
     running: RunningCluster
     config: Path
-    port: int
+
+    @property
+    def port(self) -> int:
+        return int(self.running.url.rpartition(":")[2])
 
     def process(self, name: str) -> psutil.Process:
         """The process whose title or name begins so."""

@@ -24,7 +24,6 @@ from tests.integration.running import cluster
 pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(1500)]
 
 CONFIG = CONFIGS / "faults.yaml"
-PORT = 18350
 REPLICAS = 3
 # 1,500 tokens, 40 ms each.
 LONG_S, LONG_TOKENS = 60.0, 1500
@@ -35,7 +34,7 @@ LONG_CHANGE_S = 900.0
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(CONFIG, tmp_path_factory.mktemp("faults"), FAKE_START_TIMEOUT_S) as running:
-        yield Cluster(running, CONFIG, PORT)
+        yield Cluster(running, CONFIG)
 
 
 @contextmanager

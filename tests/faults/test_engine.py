@@ -19,7 +19,6 @@ from tests.integration.running import KEY, cluster
 pytestmark = [pytest.mark.engine, pytest.mark.faults, pytest.mark.timeout(1500)]
 
 CONFIG = CONFIGS / "faults-engine.yaml"
-PORT = 18370
 REPLICAS = 2
 # Streams that are in their middle when the core dies, and within the model's length.
 LONG, LONG_TOKENS = 4, 1900
@@ -31,7 +30,7 @@ SUCCESSOR_S = 420.0
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(CONFIG, tmp_path_factory.mktemp("faults-engine"), ENGINE_START_TIMEOUT_S) as running:
-        yield Cluster(running, CONFIG, PORT)
+        yield Cluster(running, CONFIG)
 
 
 def core_of(pid: int) -> psutil.Process:
@@ -66,7 +65,7 @@ class Seen:
 async def test_an_engine_core_is_killed(broken: Cluster) -> None:
     await broken.until(lambda: len(broken.engines()) == REPLICAS, "two replicas")
     long = asyncio.create_task(
-        ask_many(LONG, LONG, lambda: ask(PORT, KEY, LONG_TOKENS, ignore_eos=True)),
+        ask_many(LONG, LONG, lambda: ask(broken.port, KEY, LONG_TOKENS, ignore_eos=True)),
     )
     await broken.until(
         lambda: sum(broken.gateway_metrics("galerne_time_to_first_token_seconds_count")) == LONG,

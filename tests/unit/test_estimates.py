@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from serving.admission.bounds import BodyKind, RequestFacts, read
+from serving.admission.capacity import Capacity
 from serving.admission.estimates import OUTPUT_TOKENS, TokenEstimates
-from serving.admission.in_flight import Capacity, InFlight
+from serving.admission.in_flight import InFlight
 from serving.config import FakeEngineConfig, GalerneConfig, LimitsConfig, QuotaConfig
 from serving.metering.usage import Usage
 from tests.unit.test_gateway import AUTH, CHAT, COMPLETIONS, FAST, rig

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from serving.admission.bounds import RequestFacts
-from serving.admission.hold import Hold, ModelHold
+from serving.admission.hold import ModelHold
+from serving.admission.holds import Hold
 from serving.admission.ticket import Ticket
 from serving.config import FakeEngineConfig, ModelConfig, TenantConfig
 from serving.errors import RateLimited, Unavailable
@@ -269,4 +270,5 @@ async def test_who_has_little_in_flight_is_told_by_sequences_not_by_bodies() -> 
     assert all(ticket.released for ticket in light)
     for ticket in [*flood, *light]:
         ticket.end()
-    assert (hold.turns, hold.in_flight.sequences, hold._sequences) == (0, 0, {})
+    assert (hold.turns, hold.in_flight.sequences) == (0, 0)
+    assert {lane.sequences for lane in hold.queue.lanes()} == {0}

@@ -11,6 +11,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serving.admission.capacity import Capacity
 from serving.admission.fair_queue import (
     INPUT_WEIGHT,
     NEAR,
@@ -20,7 +21,7 @@ from serving.admission.fair_queue import (
     Standing,
     service_of,
 )
-from serving.admission.in_flight import BUSY, LEAST_FACTOR, WINDOW, Capacity, InFlight
+from serving.admission.in_flight import BUSY, LEAST_FACTOR, WINDOW, InFlight
 
 
 @dataclass(eq=False)

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.admission.hold import Hold, ModelHold
+from serving.admission.hold import ModelHold
+from serving.admission.holds import Hold
 from serving.admission.slow_start import RAMP_S, RELEASED_PER_REPLICA
 from serving.admission.ticket import Ticket
 from serving.admission.waking import ASK_AGAIN_S, OVERDUE_RETRY_S

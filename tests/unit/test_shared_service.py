@@ -10,7 +10,8 @@ from random import Random
 import pytest
 
 from serving.admission.fair_queue import OUTPUT_WEIGHT
-from serving.admission.hold import Hold, ModelHold
+from serving.admission.hold import ModelHold
+from serving.admission.holds import Hold
 from serving.admission.redis_link import RedisLink
 from serving.admission.shared_service import FORGET_S, SILENT_S, SharedService
 from serving.admission.ticket import Ticket
