@@ -30,6 +30,12 @@ ENV_TRUSTED_PROXIES = "GALERNE_HAPROXY_TRUSTED_PROXIES"
 HEADER_TIMEOUT_S = 10  # until a request's headers are whole (slowloris)
 KEEP_ALIVE_TIMEOUT_S = 75
 RETRY_AFTER_S = 5
+# Load balancers and firewalls forget a connection on which nothing passes: Azure's after 4 minutes unless it is told
+# otherwise, others after 60 s to an hour. An answer that is not streamed is silent for as long as it takes.
+TCP_IDLE_S = 45
+TCP_PROBE_S = 15
+# A peer that answers none of them is gone (45 + 6 * 15 s after its last word).
+TCP_PROBES = 6
 
 # Request headers that Ray Serve obeys; a client must not set them.
 RAY_HEADERS = (
@@ -135,6 +141,9 @@ def _defaults(error_dir: Path) -> list[str]:
         f"timeout http-request {HEADER_TIMEOUT_S}s",
         f"timeout http-keep-alive {KEEP_ALIVE_TIMEOUT_S}s",
     ]
+    for side in ("clitcpka", "srvtcpka"):
+        lines += [f"option {side}", f"{side}-idle {TCP_IDLE_S}s", f"{side}-intvl {TCP_PROBE_S}s"]
+        lines.append(f"{side}-cnt {TCP_PROBES}")
     return lines + [f"errorfile {status} {error_dir / f'{status}.http'}" for status in ERRORS]
 
 

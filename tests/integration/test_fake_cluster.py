@@ -18,8 +18,10 @@ import psutil
 import pytest
 from openai import OpenAI
 
+from serving.cluster.haproxy import TCP_IDLE_S
 from tests.integration.conftest import CONFIGS, FAKE_START_TIMEOUT_S, WITH_PROMETHEUS
 from tests.integration.running import GALERNE, KEY, OTHER_KEY, RunningCluster, metric, stop
+from tests.tcp_timers import keep_alive_due_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -56,6 +58,15 @@ def test_other_interfaces_refuse(fake_cluster: RunningCluster) -> None:
     for host in others:
         with pytest.raises(OSError, match="refused"):
             socket.create_connection((host, 18100), timeout=2).close()
+
+
+def test_a_client_that_hears_nothing_for_long_is_kept_connected(fake_cluster: RunningCluster) -> None:
+    front = urlsplit(fake_cluster.url)
+    with socket.create_connection((front.hostname, front.port), timeout=10) as client:
+        # A load balancer between the two would forget it after four minutes without a packet.
+        client.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(1024)
+        assert 0 < keep_alive_due_s(int(front.port or 0), client.getsockname()[1]) <= TCP_IDLE_S
 
 
 def test_gateway_is_light(fake_cluster: RunningCluster) -> None:

