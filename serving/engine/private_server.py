@@ -179,6 +179,9 @@ class PrivateServer:
         # The lifespan runs in `start`'s server: vLLM's app starts its statistics there.
         config = uvicorn.Config(
             self.gate,
+            # uvicorn's own configuration of logs closes every handler of the process. In a replica's these are Ray
+            # Serve's, and a controller that comes back stops each replica that has lost them.
+            log_config=None,
             log_level="warning",
             access_log=False,
             http="httptools",
