@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from serving.cluster import failed_starts
 from serving.cluster.placement import cluster_address, own_placement_group
-from serving.cluster.ray import CAPACITY, HOST, PID, PORT, START_S, bind_loopback, node_ip
+from serving.cluster.ray import CAPACITY, HOST, PID, PORT, START_S, TOKEN_IDS, bind_loopback, node_ip
 from serving.config import ModelConfig
 from serving.engine.fake.replica import FakeEngine
 from serving.engine.host_spec import HostSpec, RayPlacement
@@ -32,6 +32,10 @@ class Engine(Protocol):
     @property
     def capacity(self) -> Mapping[str, int]:
         """What it computes at a time, once started, as far as it says: sequences, kv_tokens."""
+
+    @property
+    def token_ids(self) -> int:
+        """How many token ids its model has, once started: they are 0 and up."""
 
     async def start(self) -> None:
         """Come up; raises EngineError with what is wrong."""
@@ -74,6 +78,7 @@ class EngineReplica:
             PID: os.getpid(),
             START_S: self._start_s,
             CAPACITY: dict(self._engine.capacity),
+            TOKEN_IDS: self._engine.token_ids,
         }
 
     def record_autoscaling_stats(self) -> dict[str, float]:

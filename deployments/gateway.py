@@ -26,6 +26,7 @@ from serving.cluster.ray import (
     METRICS_PORT,
     PID,
     START_S,
+    TOKEN_IDS,
     ReplicaWatch,
     RunningReplica,
     Waker,
@@ -137,6 +138,8 @@ class GatewayReplica:
                 self._gateway.hold[model].measured(float(replica.metadata[START_S]))
             if CAPACITY in replica.metadata:
                 self._gateway.hold[model].learn(replica.metadata[CAPACITY])
+        said = (int(replica.metadata[TOKEN_IDS]) for replica in replicas if TOKEN_IDS in replica.metadata)
+        self._gateway.vocabularies.learn(model, said)
         endpoints = tuple(e for replica in replicas if (e := replica.endpoint()) is not None)
         self._targets[model] = [targets.engine_row(e.host, e.port, model, e.replica_id) for e in endpoints]
         self._gateway.update_replicas(model, endpoints)

@@ -14,6 +14,7 @@ it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -49,7 +50,8 @@ class RequestFacts:
     `include_usage`: the client asked for the usage event of a stream. `prompt_bytes`: UTF-8 bytes of all
     text the prompt is made of, tools included; a token id counts as four. `max_output_tokens`: for each of
     `n` answers; None where the model's context is the only bound. `prompts`: how many the body holds, of which each
-    has its answers. `token_ids`: how many the prompts hold.
+    has its answers. `token_ids`: how many the prompts hold. `token_id_uses`: of each field that names token
+    ids the greatest.
     """
 
     model: str
@@ -60,6 +62,7 @@ class RequestFacts:
     n: int
     prompts: int = 1
     token_ids: int = 0
+    token_id_uses: tuple[tuple[str, int], ...] = ()
 
     @property
     def sequences(self) -> int:
@@ -77,10 +80,16 @@ _DECODERS: Final[dict[BodyKind, msgspec.json.Decoder[shapes.AnyBody]]] = {
     BodyKind.TOKENIZE: msgspec.json.Decoder(shapes.Tokenize),
     BodyKind.DETOKENIZE: msgspec.json.Decoder(shapes.Detokenize),
 }
-_TOKEN_KINDS = frozenset({BodyKind.COMPLETION, BodyKind.EMBEDDING, BodyKind.DETOKENIZE})
+# Where prompts may be token ids, and the field that holds them.
+_PROMPT_FIELDS: Final[dict[BodyKind, str]] = {
+    BodyKind.COMPLETION: "prompt",
+    BodyKind.EMBEDDING: "input",
+    BodyKind.DETOKENIZE: "tokens",
+}
 _logit_bias = msgspec.json.Decoder(dict[str, shapes.Bias])
 _structured_outputs = msgspec.json.Decoder(shapes.StructuredOutputs)
 _string = msgspec.json.Decoder(str)
+_TOKEN_ID: Final = re.compile(r"[0-9]{1,10}")
 
 # vLLM's own default for /v1/completions.
 COMPLETION_OUTPUT_TOKENS = 16
@@ -127,17 +136,18 @@ _SCORE_PAIRS = (("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documen
 
 def read(kind: BodyKind, body: bytes, limits: LimitsConfig) -> RequestFacts:
     """Check one request body against every bound; raises BadRequest with `param` and `code`."""
-    token_ids = limits.prompt_tokens if kind in _TOKEN_KINDS else 0
+    token_ids = limits.prompt_tokens if kind in _PROMPT_FIELDS else 0
     json_shape.check(body, limits.json_depth, content.MAX_VALUES + token_ids)
     if not body.isascii():
         _check_utf8(body)
     found = decode(_DECODERS[kind], body)
     model = _common(found)
-    if isinstance(found, shapes.Generation):
-        _generation(found, limits)
+    uses = _generation(found, limits) if isinstance(found, shapes.Generation) else []
     stream = isinstance(found, shapes.Generation) and bool(found.stream)
     options = found.stream_options if isinstance(found, shapes.Generation) else None
     prompts = _PROMPTS[type(found)](found, limits)
+    if prompts.highest_id >= 0:
+        uses.append((_PROMPT_FIELDS[kind], prompts.highest_id))
     return RequestFacts(
         model=model,
         stream=stream,
@@ -148,6 +158,7 @@ def read(kind: BodyKind, body: bytes, limits: LimitsConfig) -> RequestFacts:
         # A null among texts or an empty list is refused by the engine.
         prompts=max(1, prompts.number),
         token_ids=prompts.token_ids,
+        token_id_uses=tuple(uses),
     )
 
 
@@ -218,7 +229,7 @@ def _detokenize(found: shapes.Detokenize, limits: LimitsConfig) -> Prompts:
         raise missing("tokens")
     if len(found.tokens) > limits.prompt_tokens:
         raise too_many("tokens", limits.prompt_tokens, len(found.tokens), "tokens")
-    return Prompts(len(found.tokens) * BYTES_PER_TOKEN)
+    return Prompts(len(found.tokens) * BYTES_PER_TOKEN, highest_id=max(found.tokens, default=-1))
 
 
 def _responses(found: shapes.Responses, limits: LimitsConfig) -> Prompts:
@@ -277,7 +288,8 @@ def _max_output_tokens(found: shapes.AnyBody) -> int | None:
             return 0
 
 
-def _generation(found: shapes.Generation, limits: LimitsConfig) -> None:
+def _generation(found: shapes.Generation, limits: LimitsConfig) -> list[tuple[str, int]]:
+    """Check what all generation has in common; returns the greatest token id of each field that names some."""
     if found.use_beam_search:
         # The engine computes every beam's prompt and tokens anew and counts them as one answer.
         raise unsupported("use_beam_search", "answers are sampled here; leave it out or send false")
@@ -298,17 +310,7 @@ def _generation(found: shapes.Generation, limits: LimitsConfig) -> None:
         _within("logprobs", found.logprobs, 0, limits.logprobs)
     _strings("stop", [found.stop] if isinstance(found.stop, str) else found.stop, limits)
     _strings("bad_words", found.bad_words, limits)
-    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
-        entries = getattr(found, name)
-        if entries is not None and len(entries) > limits.logit_bias_entries:
-            raise too_many(name, limits.logit_bias_entries, len(entries), "entries")
-    if is_given(found.logit_bias):
-        most_bytes = _BIAS_ENTRY_BYTES * limits.logit_bias_entries
-        if (size := len(bytes(found.logit_bias))) > most_bytes:
-            raise too_long("logit_bias", most_bytes, size)
-        biases = decode(_logit_bias, found.logit_bias, "logit_bias")
-        if len(biases) > limits.logit_bias_entries:
-            raise too_many("logit_bias", limits.logit_bias_entries, len(biases), "entries")
+    uses = _token_ids(found, limits)
     for name in _SCHEMAS:
         _schema(name, getattr(found, name), limits)
     if is_given(found.structured_outputs):
@@ -316,6 +318,40 @@ def _generation(found: shapes.Generation, limits: LimitsConfig) -> None:
         content.json_in_string(outputs.structural_tag, "structured_outputs.structural_tag", limits)
         if bytes(outputs.json)[:1] == b'"':
             content.json_in_string(decode(_string, outputs.json), "structured_outputs.json", limits)
+    return uses
+
+
+def _token_ids(found: shapes.Generation, limits: LimitsConfig) -> list[tuple[str, int]]:
+    """The fields beside the prompt that name token ids: their number, and the greatest id of each."""
+    uses: list[tuple[str, int]] = []
+    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        entries = getattr(found, name)
+        if not entries:
+            continue
+        if len(entries) > limits.logit_bias_entries:
+            raise too_many(name, limits.logit_bias_entries, len(entries), "entries")
+        uses.append((name, max(entries)))
+    if is_given(found.logit_bias):
+        most_bytes = _BIAS_ENTRY_BYTES * limits.logit_bias_entries
+        if (size := len(bytes(found.logit_bias))) > most_bytes:
+            raise too_long("logit_bias", most_bytes, size)
+        biases = decode(_logit_bias, found.logit_bias, "logit_bias")
+        if len(biases) > limits.logit_bias_entries:
+            raise too_many("logit_bias", limits.logit_bias_entries, len(biases), "entries")
+        if biases:
+            uses.append(("logit_bias", max(map(_token_id, biases))))
+    return uses
+
+
+def _token_id(key: str) -> int:
+    """A key of logit_bias. The engine takes whatever Python's int() takes; here it is written as JSON writes it."""
+    if not _TOKEN_ID.fullmatch(key):
+        raise BadRequest(
+            "Invalid 'logit_bias': expected token ids as keys, each a whole number of at least 0.",
+            code="invalid_value",
+            param="logit_bias",
+        )
+    return int(key)
 
 
 def _within(name: str, value: int | None, least: int, most: int) -> None:

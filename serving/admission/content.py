@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Final, NamedTuple
 
 import msgspec
@@ -51,11 +52,14 @@ _token_lists = msgspec.json.Decoder(list[list[shapes.TokenId]])
 
 
 class Prompts(NamedTuple):
-    """What a request has its model read: bytes of text, a token id as four of them; in how many prompts; the ids."""
+    """What a request has its model read: bytes of text, a token id as four of them; in how many prompts; of ids how
+    many, and the greatest (-1: none).
+    """
 
     size_bytes: int
     number: int = 1
     token_ids: int = 0
+    highest_id: int = -1
 
 
 def utf8_bytes(text: str | None) -> int:
@@ -147,11 +151,13 @@ def prompt(found: msgspec.Raw, param: str, max_prompts: int, limits: LimitsConfi
         count = len(lists)
         _batch(param, count, max_prompts)
         tokens = sum(map(len, lists))
+        highest = max(chain.from_iterable(lists), default=-1)
     else:
-        tokens = len(decode(_tokens, found, param))
+        ids = decode(_tokens, found, param)
+        tokens, highest = len(ids), max(ids, default=-1)
     if tokens > limits.prompt_tokens:
         raise too_many(param, limits.prompt_tokens, tokens, "tokens in one request")
-    return Prompts(tokens * BYTES_PER_TOKEN, count, tokens)
+    return Prompts(tokens * BYTES_PER_TOKEN, count, tokens, highest)
 
 
 def _batch(param: str, prompts: int, max_prompts: int) -> None:

@@ -26,6 +26,7 @@ from serving.admission.holds import Hold
 from serving.admission.ongoing import Ongoing
 from serving.admission.shared_service import SharedService
 from serving.admission.shedding import Bounds, Shedder
+from serving.admission.vocabulary import Vocabularies
 from serving.api import loop_lag, openapi, routes
 from serving.api.auth import Door, Identity
 from serving.api.auth.denials import DENIALS, Denials
@@ -116,7 +117,8 @@ class Gateway:
         self._facts = EngineFacts(self._pool, self.replicas)
         self._salts = CacheSalts(engine_token, (tenant.id for tenant in config.tenants))
         self._catalogue = Catalogue(config, self.replicas, int(time.time()))
-        self._explainer = Explainer(config, self._catalogue, self.replicas)
+        self.vocabularies = Vocabularies()
+        self._explainer = Explainer(config, self._catalogue, self.vocabularies, self.replicas)
         self.hold = Hold(config.models, config.tenants, clock=clock, on_need=wake, metrics=metrics)
         self._rng = rng
         self.quotas = quotas.of(config, metrics, limits_file, limits_password)
@@ -323,6 +325,7 @@ class Gateway:
                 code="wrong_task",
                 param="model",
             )
+        self.vocabularies.check(model.id, facts)
         ask_usage = facts.stream and route.says_usage and not facts.include_usage
         sent = self._salts.into(body, identity.tenant_id, ask_usage=ask_usage) if route.computes else body
         exchange = Exchange(

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from serving.admission import bounds
+from serving.admission.vocabulary import Vocabularies
 from serving.api.auth import Identity
 from serving.api.catalogue import Catalogue
 from serving.api.routes import RELAYED, EngineRoute
@@ -56,10 +57,13 @@ class Question(msgspec.Struct, forbid_unknown_fields=True):
 class Explainer:
     """One gateway's."""
 
-    def __init__(self, config: GalerneConfig, catalogue: Catalogue, replicas: ReplicaSet) -> None:
+    def __init__(
+        self, config: GalerneConfig, catalogue: Catalogue, vocabularies: Vocabularies, replicas: ReplicaSet
+    ) -> None:
         self._limits = config.limits
         self._tenants: Mapping[str, TenantConfig] = {}
         self._catalogue = catalogue
+        self._vocabularies = vocabularies
         self._replicas = replicas
         self.follow(config)
 
@@ -82,6 +86,7 @@ class Explainer:
         facts = bounds.read(route.kind, body, self._limits)
         models = None if tenant.models is None else frozenset(tenant.models)
         model = self._catalogue.model(facts.model, Identity(tenant.id, "", models))
+        self._vocabularies.check(model.id, facts)
         session = None if found.session is None else found.session.encode("latin-1", "replace")
         wanted = self._replicas.wanted(model.id, asked(route, facts, body, tenant.id, model.id, session))
         return {"gateway": os.getpid(), "model": model.id} | self._replicas.router(model.id).explain(wanted)

@@ -42,6 +42,7 @@ PID = "galerne_pid"
 METRICS_PORT = "galerne_metrics_port"
 START_S = "galerne_start_s"
 CAPACITY = "galerne_capacity"
+TOKEN_IDS = "galerne_token_ids"  # noqa: S105 - a name
 
 GCS_TIMEOUT_S = 10
 # How long a wake stays queued. Serve looks at queues at every turn of its control loop, ten a second; while one is

@@ -38,6 +38,8 @@ class FakeEngineConfig(Frozen):
     kv_blocks: PositiveInt = 8192
     block_tokens: PositiveInt = 16
     max_model_len: PositiveInt = 131072
+    # Token ids of the vocabulary: 0 and up, fewer than this. Texts have ids all over the default's range.
+    token_ids: Annotated[int, Field(ge=1, le=2**31)] = 2**31
     embedding_dimensions: PositiveInt = 384
     # Output length of a request that sets none, tokens.
     default_output_tokens: PositiveInt = 64

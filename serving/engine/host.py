@@ -5,8 +5,8 @@ the longest part of a start on CPU, is paid once an engine and its pages are sha
 actor pays for each. What ends this process ends them all: the kernel kills them with their parent.
 
 Standard input brings one line, a `HostSpec`; its end means that the replica is gone. The descriptor named on the
-command line takes one line back, `{"port": …, "phases_s": {…}, "capacity": {…}}` or `{"error": …}`. SIGTERM drains and
-stops.
+command line takes one line back, `{"port": …, "phases_s": {…}, "capacity": {…}, "token_ids": …}` or `{"error": …}`.
+SIGTERM drains and stops.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ async def _serve(spec: HostSpec, reply_fd: int) -> int:
         "compile": compile_s,
         "warm_up": time.monotonic() - loaded_s,
     }
-    _reply(reply_fd, {"port": server.port, "phases_s": phases_s, "capacity": engine.capacity()})
+    facts = {"capacity": engine.capacity(), "token_ids": engine.token_ids}
+    _reply(reply_fd, {"port": server.port, "phases_s": phases_s, **facts})
     asked = asyncio.create_task(drain.wait())
     ended = asyncio.create_task(server.wait_ended())
     await asyncio.wait({asked, ended}, return_when=asyncio.FIRST_COMPLETED)

@@ -45,6 +45,7 @@ class HostedEngine:
         self.port = 0
         self.phases_s: Mapping[str, float] = {}
         self.capacity: Mapping[str, int] = {}
+        self.token_ids = 0
 
     async def start(self) -> None:
         """Return when the engine has answered its first request; raises EngineError with what is wrong."""
@@ -94,6 +95,7 @@ class HostedEngine:
             raise EngineError(f"vLLM cannot start model {self._model.id!r}: {reply['error']}")
         self.phases_s = {str(phase): float(seconds) for phase, seconds in reply.get("phases_s", {}).items()}
         self.capacity = {str(of): int(count) for of, count in reply.get("capacity", {}).items()}
+        self.token_ids = int(reply["token_ids"])
         return int(reply["port"])
 
     async def check_health(self) -> None:

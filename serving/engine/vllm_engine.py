@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.config import ModelConfig
-from serving.engine import on_cpu, presets, vllm_work
+from serving.engine import on_cpu, presets, vllm_guard, vllm_work
 from serving.engine.host_spec import HostSpec
 from serving.engine.private_server import App
 from serving.engine.sources.adapters import rank
@@ -71,6 +71,7 @@ class VllmEngine:
                 stat_loggers=[self.load.logger],
             )
             vllm_work.watch(self._client.output_processor)
+            vllm_guard.watch(self._client.input_processor, self.token_ids)
             await self._client.reset_mm_cache()
             tasks = await self._client.get_supported_tasks()
             app = build_app(args.namespace, tasks, config.model_config)
@@ -93,6 +94,11 @@ class VllmEngine:
             "kv_tokens": config.cache_config.kv_cache_size_tokens,
         }
         return {name: int(value) for name, value in found.items() if value}
+
+    @property
+    def token_ids(self) -> int:
+        """How many token ids the model has: rows of its embedding, whose adapters add none."""
+        return int(self._client.vllm_config.model_config.get_vocab_size())
 
     def attach(self, server: Any) -> None:
         """Tell vLLM's app its HTTP server, which it stops when its core has died."""

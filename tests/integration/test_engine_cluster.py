@@ -292,6 +292,44 @@ def test_the_engine_refuses_what_only_it_can_judge(client: OpenAI) -> None:
     assert "2048" in caught.value.message
 
 
+# SmolLM2's embedding has 49,152 rows; MiniLM's 30,522.
+BEYOND = [
+    ("/v1/completions", {"model": CHAT, "prompt": [49152, 1], "max_tokens": 2}, "prompt"),
+    ("/v1/completions", {"model": CHAT, "prompt": [49152, 1], "max_tokens": 2, "stream": True}, "prompt"),
+    ("/v1/completions", {"model": CHAT, "prompt": [[1], [2, 49152]], "max_tokens": 2}, "prompt"),
+    ("/v1/completions", {"model": CHAT, "prompt": "a", "stop_token_ids": [49152], "min_tokens": 1}, "stop_token_ids"),
+    ("/v1/completions", {"model": CHAT, "prompt": "a", "logit_bias": {"49152": 1}}, "logit_bias"),
+    ("/v1/completions", {"model": CHAT, "prompt": "a", "allowed_token_ids": [49152]}, "allowed_token_ids"),
+    ("/v1/completions", {"model": CHAT, "prompt": "a", "logprob_token_ids": [49152]}, "logprob_token_ids"),
+    ("/detokenize", {"model": CHAT, "tokens": [49152]}, "tokens"),
+    ("/v1/embeddings", {"model": EMBED, "input": [30522]}, "input"),
+    ("/v1/embeddings", {"model": EMBED, "input": [[1], [30522]]}, "input"),
+]
+
+
+def test_token_ids_beyond_the_vocabulary_end_no_engine(engine_cluster: RunningCluster, client: OpenAI) -> None:
+    before = {e["replica_id"] for of in engine_cluster.state()["engines"].values() for e in of}
+    with httpx.Client(headers={"authorization": f"Bearer {KEY}"}, timeout=60) as http:
+        for path, body, param in BEYOND:
+            answer = http.post(f"{engine_cluster.url}{path}", json=body)
+            assert answer.status_code == 400, (body, answer.text)
+            error = answer.json()["error"]
+            assert (error["param"], error["code"]) == (param, "integer_above_max_value")
+            assert "at most 49151" in error["message"] or "at most 30521" in error["message"]
+    # The engine refuses by itself too: a gateway may not have heard yet how many ids its model has.
+    with httpx.Client(headers=engine_cluster.engine_headers(), timeout=60) as http:
+        for path, body, _ in BEYOND:
+            url = engine_cluster.engine_url(str(body["model"]))
+            answer = http.post(f"{url}{path}", json=body)
+            refused = answer.status_code == 400 or '"code":400' in answer.text.replace(" ", "")
+            assert refused or path == "/detokenize", (body, answer.text)
+    last = client.completions.create(model=CHAT, prompt=[49151, 1], max_tokens=2)
+    assert last.usage is not None
+    assert last.usage.prompt_tokens == 2
+    assert client.embeddings.create(model=EMBED, input=[30521]).data
+    assert before == {e["replica_id"] for of in engine_cluster.state()["engines"].values() for e in of}
+
+
 def test_a_tenant_sees_its_own_models(engine_cluster: RunningCluster) -> None:
     with OpenAI(base_url=f"{engine_cluster.url}/v1", api_key=OTHER_KEY, max_retries=0) as other:
         assert [m.id for m in other.models.list()] == [CHAT]

@@ -447,3 +447,27 @@ def test_no_message_repeats_what_was_sent() -> None:
         {"model": "s3cret" * 99},
     ):
         assert "s3cret" not in refusal(BodyKind.CHAT, fields).message
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "uses"),
+    [
+        (BodyKind.COMPLETION, {"prompt": "text"}, ()),
+        (BodyKind.COMPLETION, {"prompt": [7, 9, 8]}, (("prompt", 9),)),
+        (BodyKind.COMPLETION, {"prompt": [[7], [9, 8]]}, (("prompt", 9),)),
+        (BodyKind.EMBEDDING, {"input": [[7], [9, 8]]}, (("input", 9),)),
+        (BodyKind.DETOKENIZE, {"tokens": [7, 9]}, (("tokens", 9),)),
+        (BodyKind.CHAT, {"stop_token_ids": [4, 5], "min_tokens": 1}, (("stop_token_ids", 5),)),
+        (BodyKind.CHAT, {"allowed_token_ids": [4, 5]}, (("allowed_token_ids", 5),)),
+        (BodyKind.CHAT, {"logprob_token_ids": [4, 5], "logprobs": True}, (("logprob_token_ids", 5),)),
+        (BodyKind.CHAT, {"logit_bias": {"4": 1, "05": 1}}, (("logit_bias", 5),)),
+        (BodyKind.RESPONSES, {"logit_bias": {"4": 1}}, (("logit_bias", 4),)),
+    ],
+)
+def test_every_field_that_names_token_ids_is_read(kind: BodyKind, fields: dict[str, Any], uses: Any) -> None:
+    assert facts(kind, **fields).token_id_uses == uses
+
+
+@pytest.mark.parametrize("key", ["x", "-1", " 1", "1_0", "\u0661", "1.0", "", "1" * 11])
+def test_keys_of_logit_bias_are_token_ids(key: str) -> None:
+    assert refusal(BodyKind.CHAT, {"logit_bias": {key: 1}}).param == "logit_bias"

@@ -66,6 +66,19 @@ def test_vllm_has_what_we_replace() -> None:
         "self.stats = RequestStateStats(arrival_time=arrival_time) if log_stats else None",
     ):
         assert called in processor, called
+    # What serving.engine.vllm_guard wraps: every request to the core comes from these two, with its ids.
+    inputs = (worker.parent / "engine" / "input_processor.py").read_text()
+    assert "self.process_inputs_async = make_async(\n            self.process_inputs," in inputs
+    made = inputs.split("def process_inputs(", 1)[1].split("\n    def ", 1)[0]
+    assert ") -> EngineCoreRequest:" in made
+    assert "prompt_token_ids=prompt_token_ids," in made
+    assert "sampling_params.update_from_tokenizer(self.tokenizer)" in made
+    params = (worker.parent.parent / "sampling_params.py").read_text()
+    assert "def bad_words_token_ids(self) -> list[list[int]] | None:" in params
+    # And that it compares all other ids with its model's size.
+    for name in ("logprob_token_ids", "stop_token_ids", "logit_bias", "allowed_token_ids"):
+        assert f"self._validate_{name.replace('logprob_token_ids', 'logprobs')}(model_config)" in params, name
+    assert params.count("token_id < 0 or token_id >= vocab_size") >= 4
     # A sequence's tokens are counted before its end is told.
     outputs = processor.split("def process_outputs(", 1)[1]
     assert outputs.index("self._update_stats_from_output(") < outputs.index("self._finish_request(")
@@ -82,6 +95,7 @@ def test_vllm_has_what_we_replace() -> None:
     for field in ("num_running_reqs: int", "num_waiting_reqs: int", "num_skipped_waiting_reqs: int", "kv_cache_usage"):
         assert f"    {field}" in stats.split("\nclass ", 1)[0], field
     client = (worker.parent / "engine" / "async_llm.py").read_text()
+    assert len(re.findall(r"= (?:await )?self\.input_processor\.process_inputs(?:_async)?\(", client)) == 4
     assert client.count("stat_loggers: list[StatLoggerFactory] | None = None") >= 2
     assert "self.output_processor.add_request(request, prompt, parent_req, index, queue)" in client
     assert "self.output_processor.abort_requests(request_ids, internal)" in client

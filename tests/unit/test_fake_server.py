@@ -194,7 +194,7 @@ def test_several_choices_stream_side_by_side(fast: Server, sdk: openai.OpenAI) -
 
 def test_completions_take_texts_and_token_ids(fast: Server, sdk: openai.OpenAI) -> None:
     text = sdk.completions.create(model=MODEL, prompt=["ebb", "flow"], max_tokens=3, n=2)
-    ids = sdk.completions.create(model=MODEL, prompt=[1, 2**40, 3])
+    ids = sdk.completions.create(model=MODEL, prompt=[1, 2**31 - 1, 3])
     stream = sdk.completions.create(model=MODEL, prompt="ebb", max_tokens=3, stream=True)
     streamed = [chunk.choices[0] for chunk in stream]
     assert [choice.index for choice in text.choices] == [0, 1, 2, 3]

@@ -34,7 +34,7 @@ ANSWERS = """
         os._exit(0)
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    os.write(int(sys.argv[1]), json.dumps({"port": server.server_port, "phases_s": {"load": 7.0, "compile": 2.5}, "capacity": {"sequences": 32}}).encode() + b"\\n")
+    os.write(int(sys.argv[1]), json.dumps({"port": server.server_port, "phases_s": {"load": 7.0, "compile": 2.5}, "capacity": {"sequences": 32}, "token_ids": 49152}).encode() + b"\\n")
     sys.stdin.read()
 """
 
@@ -56,6 +56,7 @@ async def test_a_good_engine_is_healthy_and_drained_by_sigterm(tmp_path: Path) -
     assert hosted.phases_s["compile"] == 2.5
     assert hosted.phases_s["load"] >= 7.0
     assert hosted.capacity == {"sequences": 32}
+    assert hosted.token_ids == 49152
     await hosted.check_health()
     await hosted.stop()
     assert (tmp_path / "drained").exists()

@@ -11,7 +11,7 @@ from serving.config import FakeEngineConfig
 from serving.engine.fake.driver import Driver, Ticket
 from serving.engine.fake.exchange import Exchange
 from serving.engine.fake.metrics import EngineMetrics
-from serving.engine.fake.protocol import RefusalError, Request
+from serving.engine.fake.protocol import RefusalError, Request, bad_request
 from serving.engine.fake.scheduler import Sequence as EngineSequence
 from serving.engine.work import Done, current
 
@@ -79,6 +79,16 @@ class Engine:
             message = f"The model `{request.model}` does not exist."
             raise RefusalError(404, message, kind="NotFoundError", param="model")
         return request.model
+
+    def check_token_ids(self, prompts: Iterable[str | list[int]]) -> None:
+        """Raises RefusalError 400 for an id beyond the vocabulary, as the real engine's guard does."""
+        highest = max((i for prompt in prompts if not isinstance(prompt, str) for i in prompt), default=-1)
+        if highest >= self.config.token_ids:
+            raise bad_request(
+                f"Token id {highest} is out of vocabulary: the model has {self.config.token_ids} token ids. "
+                "(parameter=prompt)",
+                "prompt",
+            )
 
     def salt(self, request: Request) -> str | None:
         """What keeps this request's cached prefixes apart from others': the caller's salt, and its adapter."""

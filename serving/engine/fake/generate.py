@@ -156,7 +156,9 @@ async def completions(engine: Engine, exchange: Exchange) -> None:
     text = plan.structured_text(request.response_format)
     wanted = _wanted(engine, request, request.max_tokens, text)
     choices: list[Choice] = []
-    for prompt in prompts(request.prompt, "prompt"):
+    given = prompts(request.prompt, "prompt")
+    engine.check_token_ids(given)
+    for prompt in given:
         rendered = plan.render_prompt(prompt)
         choices += plan.plan(rendered, wanted, engine.config, engine.max_model_len, first_index=len(choices))
     shape = CompletionShape(request_id("cmpl", exchange), name)

@@ -53,7 +53,9 @@ async def embeddings(engine: Engine, exchange: Exchange) -> None:
     dimensions = full if request.dimensions is None else request.dimensions
     if dimensions > full:
         raise bad_request(f"dimensions must be at most {full}, got {dimensions}.", "dimensions")
-    inputs = [plan.render_prompt(item) for item in prompts(request.input, "input")]
+    given = prompts(request.input, "input")
+    engine.check_token_ids(given)
+    inputs = [plan.render_prompt(item) for item in given]
     usage = await _prefill(engine, exchange, inputs, request.cache_salt)
     vectors = [embedding(item, dimensions, seed=engine.config.seed) for item in inputs]
     packed = request.encoding_format == "base64"

@@ -22,6 +22,7 @@ class FakeEngine:
         self._app = build_app(config, model.id, task=model.task, adapters=(a.id for a in model.adapters))
         # As a real engine says it of itself.
         self.capacity = {"sequences": config.batch_slots, "kv_tokens": config.kv_blocks * config.block_tokens}
+        self.token_ids = config.token_ids
         self._server = PrivateServer(self._app, host=host, token=token, load=self._app.load)
         self._drain_timeout_s = model.drain_timeout_s
         self.host = host
