@@ -1,12 +1,12 @@
 """HAProxy as Ray Serve starts it, with what Ray's template leaves open closed.
 
 Ray renders the configuration and starts the binary named by RAY_SERVE_HAPROXY_BINARY_PATH; that is this
-module's `main`. It hardens the rendered file and becomes the real HAProxy, so Ray keeps supervising and
-reloading it. Promises: no bind beyond the configured host; slow, oversized and malformed requests are answered
-in OpenAI's error shape before they cost a gateway anything; headers by which a client could steer Ray are
-removed; the process ends with the one that started it.
+module's `main`. It hardens the rendered file, starts the real HAProxy and keeps it (serving.cluster.haproxy_keeper);
+Ray reloads it as ever. Promises: no bind beyond the configured host; slow, oversized and malformed requests are
+answered in OpenAI's error shape before they cost a gateway anything; headers by which a client could steer Ray are
+removed; HAProxy ends with Ray's node.
 
-Only the standard library is imported, by `processes` too: this runs at every reload.
+Only the standard library is imported, by `processes` and `haproxy_keeper` too: this runs at every reload.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serving.cluster import edge
-from serving.cluster.processes import ENV_TAKES_TURNS, die_with_parent, takes_turns
+from serving.cluster import edge, haproxy_keeper
+from serving.cluster.processes import ENV_TAKES_TURNS, takes_turns
 
 ENV_HOST = "GALERNE_HAPROXY_HOST"
 ENV_HEADER_BYTES = "GALERNE_HAPROXY_HEADER_BYTES"
@@ -199,21 +198,25 @@ def write_error_files(error_dir: Path) -> None:
 
 
 def main() -> None:
-    """Harden the configuration named after -f and become HAProxy, with the same arguments."""
+    """Harden the configuration named after -f and run HAProxy, with the same arguments, until it is to end."""
     args = sys.argv[1:]
-    if "-f" in args:
-        position = args.index("-f") + 1
-        config = Path(args[position])
-        errors = config.parent / "errors"
-        write_error_files(errors)
-        hardened = config.with_suffix(".hardened.cfg")
-        hardened.write_text(harden(config.read_text(), EdgeLimits.from_env(os.environ), errors))
-        args[position] = str(hardened)
-    die_with_parent(signal.SIGTERM)
+    binary = _binary()
+    if "-f" not in args:
+        os.execv(binary, [binary, *args])  # noqa: S606 - no shell; the path is the packaged binary
+    position = args.index("-f") + 1
+    config = Path(args[position])
+    errors = config.parent / "errors"
+    write_error_files(errors)
+    hardened = config.with_suffix(".hardened.cfg")
+    text, asked = haproxy_keeper.divided(harden(config.read_text(), EdgeLimits.from_env(os.environ), errors))
+    # Ray's actor begins without knowing a gateway, and reloads before it does. Where it succeeds another actor, what
+    # that one knew is better: a running cluster always has its application.
+    if haproxy_keeper.leads_somewhere(text) or not hardened.exists():
+        hardened.write_text(text)
+    args[position] = str(hardened)
     if ENV_TAKES_TURNS in os.environ:
         takes_turns()
-    binary = _binary()
-    os.execv(binary, [binary, *args])  # noqa: S606 - no shell; the path is the packaged binary
+    sys.exit(haproxy_keeper.Keeper([binary, *args], (config, hardened), asked).run())
 
 
 def _binary() -> str:
