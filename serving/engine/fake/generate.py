@@ -134,7 +134,7 @@ async def chat(engine: Engine, exchange: Exchange) -> None:
     request = parse(ChatRequest, await exchange.body())
     name = engine.check_model(request)
     tools = request.tools or []
-    call = plan.tool_call(tools, request.tool_choice)
+    call = plan.tool_call(tools, request.tool_choice, request.messages)
     limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     text = call[1] if call else plan.structured_text(request.response_format)
     wanted = _wanted(engine, request, limit, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from serving.engine.fake import tokens
 from serving.engine.fake.protocol import Message, bad_request
 from serving.engine.fake.scheduler import Sequence as EngineSequence
 from serving.engine.fake.schema import instance
+
+_CALL = re.compile(r"\bcall ([\w-]+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +152,22 @@ def structured_text(response_format: dict[str, Any] | None) -> str | None:
     return _instance_text(schema, "response_format")
 
 
-def tool_call(tools: Sequence[dict[str, Any]], tool_choice: str | dict[str, Any] | None) -> tuple[str, str] | None:
-    """Name and arguments (JSON) of the tool that must be called; None where text may be answered.
+def tool_call(
+    tools: Sequence[dict[str, Any]], tool_choice: str | dict[str, Any] | None, messages: Sequence[Message] = ()
+) -> tuple[str, str] | None:
+    """Name and arguments (JSON) of the tool that is called; None where text is answered.
 
-    A named tool is called, for "required" the first; "auto" never calls one.
+    A named tool is called, for "required" the first. For "auto" one that a user's last message asks for ("Call tide."):
+    programs' loops of calls and results then run as they do with a model that decides.
     """
-    if tool_choice in (None, "none", "auto"):
+    if tool_choice == "none":
         return None
     functions = {f.get("name"): f for f in (tool.get("function") for tool in tools) if isinstance(f, dict)}
-    if isinstance(tool_choice, dict):
+    if tool_choice in (None, "auto"):
+        name = next((name for name in _CALL.findall(_asked(messages)) if name in functions), None)
+        if name is None:
+            return None
+    elif isinstance(tool_choice, dict):
         named = tool_choice.get("function")
         name = named.get("name") if isinstance(named, dict) else None
     elif tool_choice == "required":
@@ -174,6 +184,14 @@ def _instance_text(schema: Any, param: str) -> str:
         return json.dumps(instance(schema))
     except ValueError as error:
         raise bad_request(str(error), param) from error
+
+
+def _asked(messages: Sequence[Message]) -> str:
+    """What a user says in the last message; "" where that is somebody else's."""
+    if not messages or messages[-1].role != "user":
+        return ""
+    content = messages[-1].content
+    return content if isinstance(content, str) else _part_texts(content or [])
 
 
 def _part_texts(parts: Iterable[str | dict[str, Any]]) -> str:
