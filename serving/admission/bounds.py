@@ -51,7 +51,8 @@ class RequestFacts:
     text the prompt is made of, tools included; a token id counts as four. `max_output_tokens`: for each of
     `n` answers; None where the model's context is the only bound. `prompts`: how many the body holds, of which each
     has its answers. `token_ids`: how many the prompts hold. `token_id_uses`: of each field that names token
-    ids the greatest.
+    ids the greatest. `left_out`: number and type of tools that the engine does not get. `unreadable`: tool calls have
+    arguments that no engine reads.
     """
 
     model: str
@@ -63,6 +64,8 @@ class RequestFacts:
     prompts: int = 1
     token_ids: int = 0
     token_id_uses: tuple[tuple[str, int], ...] = ()
+    left_out: tuple[tuple[int, str], ...] = ()
+    unreadable: bool = False
 
     @property
     def sequences(self) -> int:
@@ -159,6 +162,8 @@ def read(kind: BodyKind, body: bytes, limits: LimitsConfig) -> RequestFacts:
         prompts=max(1, prompts.number),
         token_ids=prompts.token_ids,
         token_id_uses=tuple(uses),
+        left_out=prompts.left_out,
+        unreadable=prompts.unreadable,
     )
 
 
@@ -187,10 +192,14 @@ def _chat(found: shapes.Chat, limits: LimitsConfig) -> Prompts:
     documents = found.documents or []
     if len(documents) > limits.batch_prompts:
         raise too_many("documents", limits.batch_prompts, len(documents))
+    turns = content.messages(found.messages, limits)
+    tools = content.tools(found.tools, found.tool_choice, content.FUNCTIONS, limits)
     return Prompts(
-        content.messages(found.messages, limits)
-        + content.tools(found.tools, limits)
-        + sum(content.utf8_bytes(text) for document in documents for text in document.values())
+        turns.size_bytes
+        + tools.size_bytes
+        + sum(content.utf8_bytes(text) for document in documents for text in document.values()),
+        left_out=tools.left_out,
+        unreadable=turns.unreadable,
     )
 
 
@@ -204,7 +213,8 @@ def _embedding(found: shapes.Embedding, limits: LimitsConfig) -> Prompts:
         return content.prompt(found.input, "input", limits.batch_inputs, limits)
     if is_given(found.input):
         raise unsupported("messages", "send either 'input' or 'messages'")
-    return Prompts(content.messages(found.messages, limits))
+    turns = content.messages(found.messages, limits)
+    return Prompts(turns.size_bytes, unreadable=turns.unreadable)
 
 
 def _rerank(found: shapes.Rerank, limits: LimitsConfig) -> Prompts:
@@ -216,12 +226,14 @@ def _rerank(found: shapes.Rerank, limits: LimitsConfig) -> Prompts:
 
 
 def _tokenize(found: shapes.Tokenize, limits: LimitsConfig) -> Prompts:
-    tools = content.tools(found.tools, limits)
-    if found.messages is None:
-        if found.prompt is None:
-            raise missing("prompt")
-        return Prompts(tools + content.utf8_bytes(found.prompt))
-    return Prompts(tools + content.messages(found.messages, limits))
+    tools = content.tools(found.tools, found.tool_choice, content.FUNCTIONS, limits)
+    if found.messages is not None:
+        turns = content.messages(found.messages, limits)
+    elif found.prompt is None:
+        raise missing("prompt")
+    else:
+        turns = content.Turns(content.utf8_bytes(found.prompt))
+    return Prompts(tools.size_bytes + turns.size_bytes, left_out=tools.left_out, unreadable=turns.unreadable)
 
 
 def _detokenize(found: shapes.Detokenize, limits: LimitsConfig) -> Prompts:
@@ -240,10 +252,12 @@ def _responses(found: shapes.Responses, limits: LimitsConfig) -> Prompts:
         if getattr(found, name):
             raise unsupported(name, "responses are not stored; leave it out or send false")
     _schema("text", found.text, limits)
+    turns = content.responses_input(found.input, limits)
+    tools = content.tools(found.tools, found.tool_choice, content.FUNCTIONS_AND_NAMESPACES, limits)
     return Prompts(
-        content.responses_input(found.input, limits)
-        + content.utf8_bytes(found.instructions)
-        + content.tools(found.tools, limits)
+        turns.size_bytes + content.utf8_bytes(found.instructions) + tools.size_bytes,
+        left_out=tools.left_out,
+        unreadable=turns.unreadable,
     )
 
 
@@ -293,14 +307,16 @@ def _generation(found: shapes.Generation, limits: LimitsConfig) -> list[tuple[st
     if found.use_beam_search:
         # The engine computes every beam's prompt and tokens anew and counts them as one answer.
         raise unsupported("use_beam_search", "answers are sampled here; leave it out or send false")
+    # Without a limit the model's own room is the bound, and its engine knows it.
+    output_tokens = shapes.MAX_INT32 if limits.output_tokens is None else limits.output_tokens
     for name, least, most in (
         ("n", 1, limits.n),
         ("best_of", 1, limits.best_of),
-        ("max_tokens", 0, limits.output_tokens),
-        ("max_completion_tokens", 0, limits.output_tokens),
-        ("max_output_tokens", 0, limits.output_tokens),
-        ("min_tokens", 0, limits.output_tokens),
-        ("thinking_token_budget", -1, limits.output_tokens),
+        ("max_tokens", 0, output_tokens),
+        ("max_completion_tokens", 0, output_tokens),
+        ("max_output_tokens", 0, output_tokens),
+        ("min_tokens", 0, output_tokens),
+        ("thinking_token_budget", -1, output_tokens),
         ("top_logprobs", 0, limits.logprobs),
         # Each of them costs a row over the whole vocabulary for every token of the prompt.
         ("prompt_logprobs", 0, 0),

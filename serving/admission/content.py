@@ -29,12 +29,17 @@ from serving.metering.usage import BYTES_PER_TOKEN
 
 # JSON values in one body, token ids aside: several times what the most messages and tools amount to.
 MAX_VALUES = 65536
+# Of a tool call's arguments: as deep as an engine's parser and its chat template go in any case.
+ARGUMENTS_DEPTH: Final = 128
 # All tools together against one tool: an agent has many small ones.
 TOOLS_SCHEMAS = 8
 
 TEXT_PARTS: Final = frozenset(
     {"text", "input_text", "output_text", "refusal", "thinking", "reasoning_text", "summary_text"}
 )
+# The tools that an engine takes: functions, on /v1/responses also several of them under a common name.
+FUNCTIONS: Final[frozenset[str | None]] = frozenset({None, "function"})
+FUNCTIONS_AND_NAMESPACES: Final = FUNCTIONS | {"namespace"}
 INPUT_ITEMS: Final = frozenset({"message", "function_call", "function_call_output", "reasoning"})
 _TEXT_KEYS = 4  # type, text, refusal and thinking; all other fields of a Part are media
 _MEDIA_KEYS = shapes.Part.__struct_fields__[_TEXT_KEYS:]
@@ -51,15 +56,32 @@ _tokens = msgspec.json.Decoder(list[shapes.TokenId])
 _token_lists = msgspec.json.Decoder(list[list[shapes.TokenId]])
 
 
+class Turns(NamedTuple):
+    """What a conversation holds: bytes of text; and whether a tool call's arguments are none that an engine reads."""
+
+    size_bytes: int
+    unreadable: bool = False
+
+
+class Tools(NamedTuple):
+    """The tools of a request: bytes of those that its engine gets, and which it does not get, by number and type."""
+
+    size_bytes: int
+    left_out: tuple[tuple[int, str], ...] = ()
+
+
 class Prompts(NamedTuple):
     """What a request has its model read: bytes of text, a token id as four of them; in how many prompts; of ids how
-    many, and the greatest (-1: none).
+    many, and the greatest (-1: none); which of its tools are left out; and whether its tool calls have arguments that
+    no engine reads.
     """
 
     size_bytes: int
     number: int = 1
     token_ids: int = 0
     highest_id: int = -1
+    left_out: tuple[tuple[int, str], ...] = ()
+    unreadable: bool = False
 
 
 def utf8_bytes(text: str | None) -> int:
@@ -69,7 +91,7 @@ def utf8_bytes(text: str | None) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def messages(found: list[shapes.Message] | None, limits: LimitsConfig) -> int:
+def messages(found: list[shapes.Message] | None, limits: LimitsConfig) -> Turns:
     """A conversation; raises BadRequest."""
     if found is None:
         raise missing("messages")
@@ -82,6 +104,7 @@ def messages(found: list[shapes.Message] | None, limits: LimitsConfig) -> int:
     if len(found) > limits.messages:
         raise too_many("messages", limits.messages, len(found), "messages")
     total = 0
+    unreadable = False
     for i, message in enumerate(found):
         at = f"messages[{i}]"
         if message.role is None:
@@ -90,10 +113,11 @@ def messages(found: list[shapes.Message] | None, limits: LimitsConfig) -> int:
             raise unsupported(f"{at}.audio", _TEXT_ONLY)
         total += content(message.content, f"{at}.content")
         total += utf8_bytes(message.reasoning) + utf8_bytes(message.reasoning_content)
-        for j, call in enumerate(message.tool_calls or ()):
+        for call in message.tool_calls or ():
             arguments = None if call.function is None else call.function.arguments
-            total += json_in_string(arguments, f"{at}.tool_calls[{j}].function.arguments", limits)
-    return total
+            total += utf8_bytes(arguments)
+            unreadable = unreadable or not is_readable(arguments)
+    return Turns(total, unreadable)
 
 
 def content(found: shapes.Content, at: str) -> int:
@@ -116,6 +140,21 @@ def content(found: shapes.Content, at: str) -> int:
             raise unsupported(f"{at}[{i}].type", _TEXT_ONLY)
         total += utf8_bytes(part.text) + utf8_bytes(part.refusal) + utf8_bytes(part.thinking)
     return total
+
+
+def is_readable(arguments: str | None) -> bool:
+    """Whether an engine can read a tool call's arguments, as it does for its chat template.
+
+    They are a model's own text, which may be anything, and stand in the conversation for good: what no parser takes is
+    no reason to refuse them. What is merely no JSON the engine takes for an empty object itself.
+    """
+    if arguments is None or len(arguments) < ARGUMENTS_DEPTH:
+        return True
+    try:
+        json_shape.check(arguments.encode(), ARGUMENTS_DEPTH, MAX_VALUES)
+    except BadRequest:
+        return False
+    return True
 
 
 def json_in_string(text: str | None, at: str, limits: LimitsConfig) -> int:
@@ -180,15 +219,16 @@ def score_input(found: shapes.ScoreInput, param: str, limits: LimitsConfig) -> P
     return Prompts(total, len(elements))
 
 
-def responses_input(found: str | list[shapes.Item] | None, limits: LimitsConfig) -> int:
+def responses_input(found: str | list[shapes.Item] | None, limits: LimitsConfig) -> Turns:
     """The input of a responses request: text, or items that need no state and no server-side tool."""
     if found is None:
         raise missing("input")
     if isinstance(found, str):
-        return utf8_bytes(found)
+        return Turns(utf8_bytes(found))
     if len(found) > limits.messages:
         raise too_many("input", limits.messages, len(found), "items")
     total = 0
+    unreadable = False
     for i, item in enumerate(found):
         at = f"input[{i}]"
         if item.type is not None and item.type not in INPUT_ITEMS:
@@ -197,29 +237,53 @@ def responses_input(found: str | list[shapes.Item] | None, limits: LimitsConfig)
                 f"responses are not stored and tools run at the client; use {_names(INPUT_ITEMS)}",
             )
         total += content(item.content, f"{at}.content") + content(item.output, f"{at}.output")
-        total += json_in_string(item.arguments, f"{at}.arguments", limits)
-    return total
+        total += utf8_bytes(item.arguments)
+        unreadable = unreadable or not is_readable(item.arguments)
+    return Turns(total, unreadable)
 
 
-def tools(found: list[msgspec.Raw] | None, limits: LimitsConfig) -> int:
-    """Function tools: their number, the size of each and of all; raises BadRequest."""
-    if not found:
-        return 0
+def tools(
+    found: list[msgspec.Raw] | None, choice: msgspec.Raw, kept: frozenset[str | None], limits: LimitsConfig
+) -> Tools:
+    """A request's tools and `tool_choice`: number, the size of each and of all; raises BadRequest.
+
+    Those of other types than `kept` run at OpenAI's servers or are a form of their own: clients such as coding agents
+    send them unasked, and the model may answer without them. They are left out; a choice that needs one is refused.
+    """
+    found = found or []
     if len(found) > limits.tools:
         raise too_many("tools", limits.tools, len(found), "tools")
     total = 0
+    left_out: list[tuple[int, str]] = []
     for i, tool in enumerate(found):
         size = len(bytes(tool))
-        total += size
         if size > limits.schema_bytes:
             raise too_long(f"tools[{i}]", limits.schema_bytes, size)
-        kind = decode(_tool_head, tool, f"tools[{i}]").type
-        if kind not in {None, "function"}:
-            raise unsupported(f"tools[{i}].type", "tools run at the client; only tools of type 'function' are served")
+        head = decode(_tool_head, tool, f"tools[{i}]")
+        if head.type in kept:
+            total += size
+        elif head.type and not is_given(head.function) and not is_given(head.parameters):
+            left_out.append((i, head.type))
+        else:
+            # It describes a function, which the client runs: without it the answer would be another.
+            raise unsupported(f"tools[{i}].type", f"tools that describe a function have a type of {_names(kept)}")
     if total > TOOLS_SCHEMAS * limits.schema_bytes:
         raise too_long("tools", TOOLS_SCHEMAS * limits.schema_bytes, total)
-    return total
+    _choice(choice, len(left_out) == len(found), kept, limits)
+    return Tools(total, tuple(left_out))
 
 
-def _names(values: frozenset[str]) -> str:
-    return ", ".join(f"'{v}'" for v in sorted(values))
+def _choice(raw: msgspec.Raw, none_left: bool, kept: frozenset[str | None], limits: LimitsConfig) -> None:
+    """Refuse a `tool_choice` that asks for a tool which is left out, or for any where none is left."""
+    if (size := len(bytes(raw))) > limits.schema_bytes:
+        raise too_long("tool_choice", limits.schema_bytes, size)
+    if bytes(raw)[:1] == b"{":
+        kind = decode(_tool_head, raw, "tool_choice").type
+        if kind not in {*kept, "function", "allowed_tools"}:
+            raise unsupported("tool_choice", "the tool that it asks for does not run here")
+    elif none_left and bytes(raw) == b'"required"':
+        raise unsupported("tool_choice", "no tool that runs here is given, so none can be required")
+
+
+def _names(values: frozenset[str] | frozenset[str | None]) -> str:
+    return ", ".join(f"'{v}'" for v in sorted(v for v in values if v is not None))

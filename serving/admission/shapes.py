@@ -254,6 +254,7 @@ class Tokenize(Common):
     prompt: str | None = None
     messages: list[Message] | None = None
     tools: list[Raw] | None = None
+    tool_choice: Raw = ABSENT
 
 
 class Detokenize(Common):
@@ -262,6 +263,8 @@ class Detokenize(Common):
 
 class ToolHead(Wire):
     type: str | None = None
+    function: Raw = ABSENT
+    parameters: Raw = ABSENT
 
 
 AnyBody = Chat | Completion | Responses | Embedding | Rerank | Score | Tokenize | Detokenize

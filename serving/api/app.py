@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from serving import tracing
-from serving.admission import bounds, output_default, quotas
+from serving.admission import bounds, normal, output_default, quotas
 from serving.admission.holds import Hold
 from serving.admission.ongoing import Ongoing
 from serving.admission.shared_service import SharedService
@@ -63,6 +63,8 @@ CUT = "cut"
 BUSY_RETRY_AFTER_S = 1
 # Names the conversation, for routing policy `session`.
 SESSION_HEADER = b"x-session-id"
+# Of an answer: what of the request its engine did not get.
+LEFT_OUT_HEADER = b"x-galerne-left-out"
 # An administrator's key beside a tenant's: the answer says which replica it came from and why.
 ADMIN_HEADER = b"x-galerne-admin"
 
@@ -316,6 +318,9 @@ class Gateway:
             timeout_s=self._config.gateway.body_timeout_s,
         )
         facts = bounds.read(route.kind, body, limits)
+        body = normal.applied(body, facts)
+        if facts.left_out:
+            call.extra.append((LEFT_OUT_HEADER, normal.named(facts.left_out).encode()))
         body, facts = output_default.bounded(route.kind, body, facts, identity.output_tokens)
         model = self._catalogue.model(facts.model, identity)
         call.model = model.id

@@ -66,6 +66,8 @@ class Exchange:
     outcome: Outcome = "failed"
     cut: bool = False
     client_left: bool = False
+    # It asked for more output tokens than its prompt left room for, and went to the engine without a number.
+    lowered: bool = False
     # The answer's head went out while the request was held: from then on everything is an event.
     head_sent: bool = False
     # The replica that has it, those that lost it before they answered, and one that may only have met a bad request.

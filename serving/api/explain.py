@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from serving.admission import bounds
+from serving.admission import bounds, normal
 from serving.admission.vocabulary import Vocabularies
 from serving.api.auth import Identity
 from serving.api.catalogue import Catalogue
@@ -84,6 +84,7 @@ class Explainer:
             raise NotFound(f"That path is not relayed. Relayed: {', '.join(RELAYED)}.", param="path")
         body = bytes(found.body)
         facts = bounds.read(route.kind, body, self._limits)
+        body = normal.applied(body, facts)
         models = None if tenant.models is None else frozenset(tenant.models)
         model = self._catalogue.model(facts.model, Identity(tenant.id, "", models))
         self._vocabularies.check(model.id, facts)

@@ -3,7 +3,8 @@
 What it promises: nothing is sent twice once a byte of an answer has come; a client that leaves frees its engine, or its
 place in the hold, at once; while a request waits for a replica, a client that streams hears so; an answer that
 breaks off is never silent (a stream ends with an error event in OpenAI's shape, any other answer with a cut
-connection); an engine's own 5xx text, which may name its internals, never reaches a client.
+connection); an engine's own words, which may name its internals, never reach a client: what it refuses is told in
+OpenAI's (serving.api.engine_refusals), before the head wherever none went out, and no `[DONE]` follows an error.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ import contextlib
 from collections.abc import Callable, Mapping
 from random import Random
 
+from serving.admission import output_default
 from serving.admission.holds import Hold
+from serving.api import engine_refusals
 from serving.api.body import ClientLeft, Receive, Send
+from serving.api.engine_refusals import Refusal
+from serving.api.errors import body as error_body
+from serving.api.errors import headers as error_headers
 from serving.api.errors import sse_event
 from serving.api.exchange import Exchange, Sent
 from serving.api.hedge import Hedging
@@ -24,7 +30,7 @@ from serving.api.watch import Watch
 from serving.cluster.edge import ENGINE_TOKEN_HEADER
 from serving.engine.load import GATEWAY_HEADER, signed
 from serving.errors import RateLimited, RequestError, Unavailable, UpstreamFailed
-from serving.metering.answers import EVENT_END, SERVER_ERROR, EngineFailed, meter
+from serving.metering.answers import ERROR_EVENT, EVENT_END, SERVER_ERROR, EngineFailed, is_server_error, meter
 from serving.metering.best_known import best_known
 from serving.routing.health import Health
 from serving.routing.replicas import Lease, ReplicaSet
@@ -35,6 +41,9 @@ RETRY_AFTER_S = 5
 MAX_REPLICAS_TRIED = 3
 EVENT_STREAM = b"text/event-stream"
 HELD_BYTES = 1024 * 1024  # an event larger than this is passed on in pieces
+CLIENT_ERROR = 400
+# Of an answer: the client asked for more output tokens than there was room for.
+LOWERED = (b"x-galerne-lowered", b"max_tokens")
 FORWARDED_HEADERS = frozenset({b"content-type", b"content-length"})
 OK = 200
 # A line that every reader of server-sent events skips.
@@ -268,6 +277,12 @@ class Relay:
                 status = await connection.head()
                 # vLLM sends a stream's head when it takes the request, and its first event when there is a token.
                 chunk = b"" if status >= SERVER_ERROR else await connection.read()
+                while chunk.startswith(ERROR_EVENT) and EVENT_END not in chunk and len(chunk) < HELD_BYTES:
+                    # What it says decides what is relayed: it is needed whole.
+                    more = await connection.read()
+                    if not more:
+                        break
+                    chunk += more
         except TimeoutError:
             connection.abort()
             raise UpstreamError("timeout", "the engine did not answer in time") from None
@@ -278,8 +293,17 @@ class Relay:
 
     async def _answer(self, exchange: Exchange, connection: Connection, send: Send, extra: Headers) -> None:
         status, chunk = await self._first(connection)
-        headers = [*((n, v) for n, v in connection.headers if n in FORWARDED_HEADERS), *extra]
-        exchange.first_byte_s = last_s = self._clock()
+        refusal = await self._refusal(exchange, connection, status, chunk)
+        if refusal is not None and refusal.answer_too_long and self._asks_again(exchange, connection):
+            status, chunk = await self._first(connection)
+            again = await self._refusal(exchange, connection, status, chunk)
+            # Without room for a single token the first is what is to be told.
+            refusal = again if again is None or again.error.code == engine_refusals.CONTEXT else refusal
+        if exchange.lowered and refusal is None:
+            extra = [*extra, LOWERED]
+        if refusal is not None:
+            status = refusal.error.status
+        exchange.first_byte_s = self._clock()
         if exchange.turn is not None:
             exchange.turn.end()
         answered(self._health[exchange.model].ejections, exchange)
@@ -291,14 +315,23 @@ class Relay:
         events = (b"content-type", EVENT_STREAM) in _types(connection)
         # Also where the head of a held stream said 200 before: what the event says is what came of it.
         exchange.status = status
-        if not exchange.head_sent:
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-        elif not events:
-            await self._as_event(exchange, connection, chunk, send)
+        if refusal is not None:
+            await self._refuse(exchange, refusal.error, send, extra)
             return
+        if not exchange.head_sent:
+            headers = [*((n, v) for n, v in connection.headers if n in FORWARDED_HEADERS), *extra]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._pass_on(exchange, connection, chunk, send, events=events)
+
+    async def _pass_on(
+        self, exchange: Exchange, connection: Connection, chunk: bytes, send: Send, *, events: bool
+    ) -> None:
+        """Relay an answer's body, of which `chunk` has come, to its end."""
+        last_s = self._clock()
         on_gap = self._on_gap if events else _no_gap
         clock, model, read = self._clock, exchange.model, connection.read
         sent_bytes, held = 0, b""
+        refused: RequestError | None = None
         metered = meter(exchange, connection, events=events)
         try:
             while chunk:
@@ -322,25 +355,58 @@ class Relay:
             connection.abort()
             sent_bytes += len(failed.before)
             await send({"type": "http.response.body", "body": failed.before, "more_body": True})
-            raise UpstreamError("server_error", "the engine failed in the middle of its answer") from None
+            if is_server_error(failed.event):
+                raise UpstreamError("server_error", "the engine failed in the middle of its answer") from None
+            refused = engine_refusals.of_event(failed.event, exchange.path).error
         finally:
             exchange.sent_bytes = sent_bytes
             exchange.last_byte_s = last_s
             exchange.later_events -= metered.usage_events
             exchange.usage, exchange.usage_exact = metered.usage, metered.usage is not None
+        exchange.outcome = "completed"
+        if refused is not None:
+            # Of what it had written until then the engine tells (serving.api.billing).
+            await self._last_event(exchange, sse_event(refused), send)
+            return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-        exchange.outcome = "completed"
 
-    async def _as_event(self, exchange: Exchange, connection: Connection, chunk: bytes, send: Send) -> None:
-        """An answer that is no stream (the engine refuses) to a client that has a stream's head already."""
-        parts = bytearray()
-        while chunk and len(parts) <= HELD_BYTES:
-            parts += chunk
-            chunk = await connection.read()
-        # JSON takes a space wherever it takes the end of a line, which would end an event.
-        event = b"data: " + bytes(parts).replace(b"\r", b" ").replace(b"\n", b" ") + EVENT_END
+    async def _refusal(self, exchange: Exchange, connection: Connection, status: int, chunk: bytes) -> Refusal | None:
+        """What the engine refuses, read to the end of its answer; None where it answers."""
+        if status == OK and (b"content-type", EVENT_STREAM) in _types(connection):
+            # vLLM judges some values only when it begins to compute, and its head is out by then.
+            if not chunk.startswith(ERROR_EVENT) or engine_refusals.event_status(chunk) is None:
+                return None
+            refusal = engine_refusals.of_event(chunk, exchange.path)
+        elif status >= CLIENT_ERROR:
+            parts = bytearray(chunk)
+            while len(parts) < engine_refusals.MOST_BYTES and (chunk := await connection.read()):
+                parts += chunk
+            refusal = engine_refusals.translated(status, bytes(parts), exchange.path)
+        else:
+            return None
+        return refusal
+
+    def _asks_again(self, exchange: Exchange, connection: Connection) -> bool:
+        """Send a request whose answer may not fit behind its prompt again, without a number of output tokens; False
+        where that cannot be.
+        """
+        body = output_default.with_room(exchange.path, exchange.body)
+        if exchange.lowered or body is None or exchange.lease is None or not connection.reusable():
+            return False
+        exchange.lowered, exchange.body = True, body
+        connection.send(self._head(exchange, exchange.engine_request_id, exchange.lease), body)
+        return True
+
+    async def _refuse(self, exchange: Exchange, error: RequestError, send: Send, extra: Headers) -> None:
+        """Tell the client what the engine refused: as the answer, or as an event where its head went out before."""
         exchange.outcome = "completed"
-        await self._last_event(exchange, event, send)
+        if exchange.head_sent:
+            await self._last_event(exchange, sse_event(error), send)
+            return
+        content = error_body(error)
+        exchange.sent_bytes = len(content)
+        await send({"type": "http.response.start", "status": error.status, "headers": [*error_headers(error), *extra]})
+        await send({"type": "http.response.body", "body": content, "more_body": False})
 
     async def _last_event(self, exchange: Exchange, event: bytes, send: Send) -> None:
         exchange.sent_bytes += len(event)

@@ -18,7 +18,9 @@ class LimitsConfig(Frozen):
     json_depth: PositiveInt = 64
     n: PositiveInt = 8
     best_of: PositiveInt = 8
-    output_tokens: PositiveInt = 32768
+    # None: as much as the model has room for behind the prompt. Coding agents ask for the most they know of, and a
+    # number here would refuse them all or none.
+    output_tokens: PositiveInt | None = None
     logprobs: Annotated[int, Field(ge=0)] = 20
     stop_sequences: PositiveInt = 16
     stop_bytes: PositiveInt = 256
@@ -59,4 +61,7 @@ class TenantLimitsConfig(Frozen):
     def within(self, limits: LimitsConfig) -> LimitsConfig:
         """The bounds that hold for its requests."""
         own = self.given()
-        return limits.model_copy(update={name: min(value, getattr(limits, name)) for name, value in own.items()})
+        common = {name: getattr(limits, name) for name in own}
+        return limits.model_copy(
+            update={name: value if common[name] is None else min(value, common[name]) for name, value in own.items()}
+        )

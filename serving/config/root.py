@@ -95,7 +95,8 @@ class GalerneConfig(Frozen):
         for j, key in enumerate(tenant.keys):
             _refuse_unknown(key.models, own, "the tenant has no model", (*at, "keys", j, "models"))
         for name, value in ({} if tenant.limits is None else tenant.limits.given()).items():
-            if value > (most := getattr(self.limits, name)):
+            most = getattr(self.limits, name)
+            if most is not None and value > most:
                 raise Misplaced(f"must be at most {most}, the cluster's own limit", *at, "limits", name)
 
     def _quotas_are_whole(self) -> None:

@@ -93,11 +93,14 @@ class _ErrorEvent(msgspec.Struct):
 
 
 class EngineFailed(Exception):
-    """An engine says in the middle of its stream that it failed; `before`: what the client is to have of it."""
+    """An engine says in the middle of its stream that it cannot go on; `before`: what the client is to have of it,
+    `event`: how it says so, which is no client's.
+    """
 
-    def __init__(self, before: bytes) -> None:
-        super().__init__(before)
+    def __init__(self, before: bytes, event: bytes) -> None:
+        super().__init__(before, event)
         self.before = before
+        self.event = event
 
 
 def is_server_error(chunk: bytes) -> bool:
@@ -160,8 +163,8 @@ class StreamMeter(Meter):
         if USAGE_EVENT in chunk:
             return self._last(chunk)
         # Within a text its quotes would be escaped.
-        if (at := chunk.find(ERROR_EVENT)) >= 0 and is_server_error(chunk[at:]):
-            raise EngineFailed(self.end() + chunk[:at])
+        if (at := chunk.find(ERROR_EVENT)) >= 0:
+            raise EngineFailed(self.end() + chunk[:at], chunk[at:])
         if self._held is not None:
             return self._hold(chunk)
         if FINISHED in chunk and not self._keep:

@@ -62,7 +62,7 @@ HOSTILE: list[tuple[int, str, dict[str, Any]]] = [
     (3, COMPLETION, PROMPT | {"use_beam_search": True, "n": 8}),
     (3, COMPLETION, PROMPT | {"prompt": ["x"] * 10_000}),
     (3, COMPLETION, PROMPT | {"prompt": [[1] * 50_000, [1] * 50_000]}),
-    (3, RESPONSES, INPUT | {"max_output_tokens": 10**9}),
+    (3, RESPONSES, INPUT | {"max_output_tokens": 10**10}),
     # 4: logprobs
     (4, COMPLETIONS, {"prompt_logprobs": -1}),
     (4, COMPLETIONS, {"prompt_logprobs": 1}),

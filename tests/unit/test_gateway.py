@@ -160,7 +160,7 @@ FAST = FakeEngineConfig(decode_ms=1)
         ("POST", COMPLETIONS, AUTH, CHAT | {"model": "secret"}, 404, "model_not_found"),
         ("POST", "/v1/embeddings", AUTH, {"model": "chat", "input": "x"}, 400, "wrong_task"),
         ("POST", COMPLETIONS, AUTH, CHAT | {"n": 99}, 400, None),
-        ("POST", COMPLETIONS, AUTH, CHAT | {"max_tokens": 10**9}, 400, None),
+        ("POST", COMPLETIONS, AUTH, CHAT | {"max_tokens": 10**10}, 400, None),
         ("POST", COMPLETIONS, AUTH, CHAT | {"top_logprobs": 10**6, "logprobs": True}, 400, None),
         ("POST", COMPLETIONS, AUTH, CHAT | {"stop": ["x"] * 99}, 400, None),
         ("POST", COMPLETIONS, AUTH, CHAT | {"chat_template": "{{ 1 }}"}, 400, None),

@@ -369,7 +369,7 @@ async def test_a_held_stream_hears_that_it_is_held() -> None:
         (None, {}, "model_not_ready", "rejected"),
         (FakeEngineConfig(faults=FakeFaults(error_rate=1.0)), {}, "engine_failed", "failed"),
         # The engine itself refuses: longer than its context.
-        (FakeEngineConfig(max_model_len=16), {"max_tokens": 4000}, 400, "completed"),
+        (FakeEngineConfig(max_model_len=4), {"max_tokens": 4000}, "context_length_exceeded", "completed"),
         (
             FakeEngineConfig(decode_ms=1, faults=FakeFaults(cut_after_bytes=2000)),
             {"max_tokens": 500},
@@ -407,7 +407,9 @@ async def test_what_the_engine_refuses_costs_nothing_and_is_told_as_refused_thou
         # Its head went out: what comes is an event.
         await asyncio.sleep(0.2)
         made.gateway.update_replicas("chat", made.endpoints)
-        assert '"code":400' in (await task).text.replace(" ", "")
+        answer = (await task).text
+        assert '"code":"context_length_exceeded"' in answer
+        assert "[DONE]" not in answer
         await made.settled()
         (row,) = await complete(ledger, 1)
         assert (row.status, row.outcome, row.exact) == (400, "completed", True)
