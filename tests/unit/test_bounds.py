@@ -11,7 +11,8 @@ from serving.admission.bounds import REFUSED, BodyKind, RequestFacts, read
 from serving.config import LimitsConfig
 from serving.errors import BadRequest
 
-LIMITS = LimitsConfig(output_tokens=32768)
+OUTPUT_TOKENS = 32768
+LIMITS = LimitsConfig(output_tokens=OUTPUT_TOKENS)
 MESSAGES = [{"role": "user", "content": "Say hello."}]
 BASE: dict[BodyKind, dict[str, Any]] = {
     BodyKind.CHAT: {"model": "m", "messages": MESSAGES},
@@ -152,11 +153,11 @@ def test_prompt_bytes(kind: BodyKind, fields: dict[str, Any], expected: int) -> 
 INTEGERS: list[tuple[str, int, int]] = [
     ("n", 1, LIMITS.n),
     ("best_of", 1, LIMITS.best_of),
-    ("max_tokens", 0, LIMITS.output_tokens),
-    ("max_completion_tokens", 0, LIMITS.output_tokens),
-    ("max_output_tokens", 0, LIMITS.output_tokens),
-    ("min_tokens", 0, LIMITS.output_tokens),
-    ("thinking_token_budget", -1, LIMITS.output_tokens),
+    ("max_tokens", 0, OUTPUT_TOKENS),
+    ("max_completion_tokens", 0, OUTPUT_TOKENS),
+    ("max_output_tokens", 0, OUTPUT_TOKENS),
+    ("min_tokens", 0, OUTPUT_TOKENS),
+    ("thinking_token_budget", -1, OUTPUT_TOKENS),
     ("top_logprobs", 0, LIMITS.logprobs),
     ("prompt_logprobs", 0, 0),
     ("top_k", -1, 2**31 - 1),
