@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,8 +87,13 @@ class Pod:
 
 def pods(values: str, line: str = "helm4") -> list[Pod]:
     """Every pod that the objects of a values file make."""
+    return pods_of(objects(line, values))
+
+
+def pods_of(things: Iterable[dict[str, Any]]) -> list[Pod]:
+    """Every pod that objects make."""
     found = []
-    for thing in objects(line, values):
+    for thing in things:
         where = f"{thing['kind']} {thing['metadata']['name']}"
         if thing["kind"] == "Pod":
             found.append(Pod(where, thing["metadata"], thing["spec"]))

@@ -80,6 +80,8 @@ REFUSED = (
     ("tenants: {existingSecret: a, externalSecret: {enabled: true}}", "exclude each other"),
     ("tenants: {externalSecret: {enabled: true}}", "tenants.externalSecret needs store and remoteKey"),
     ("workerGroups: {gateway: {}}", "workerGroups.gateway: this name is the chart's own"),
+    ("workerGroups: {Bad_Group: {}}", "workerGroups.Bad_Group: a group's name is of lower-case letters"),
+    ("workerGroups: {%s: {}}" % ("a" * 31), "has 30 characters at most"),
     ("workerGroups: {processors: {min: 3, max: 2}}", "workerGroups.processors: max (2) is below min (3)"),
     ("workerGroups: {processors: {min: 0}}", "workerGroups.processors.min is 0 and autoscaler.enabled is false"),
     ("autoscaler: {enabled: true}", "networkPolicy.apiServer is empty"),

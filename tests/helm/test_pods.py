@@ -12,7 +12,18 @@ import yaml
 from deployments.app import bundles
 from serving.cli.lifecycle import fake_models
 from serving.config_file import parse
-from tests.helm.rendering import CHART, NAMESPACE, RELEASE, VALUES, galerne_config, helm, pods, ray_groups, template
+from tests.helm.rendering import (
+    CHART,
+    NAMESPACE,
+    RELEASE,
+    VALUES,
+    galerne_config,
+    helm,
+    pods,
+    pods_of,
+    ray_groups,
+    template,
+)
 
 BASE = "ci/01-simulated-values.yaml"
 MIXED = "values-mixed-gpus.yaml"
@@ -208,3 +219,38 @@ def test_gated_models_are_fetched_with_a_token() -> None:
     for other in pods("ci/02-everything-values.yaml"):
         if other.where != pod.where:
             assert "hub-token" not in str(other.spec)
+
+
+def chosen(values: Any, where: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Where the chart's values have nodeSelector and tolerations."""
+    if not isinstance(values, dict):
+        return []
+    here = [where] if {"nodeSelector", "tolerations"} <= values.keys() else []
+    return here + [found for name, part in values.items() for found in chosen(part, (*where, name))]
+
+
+@pytest.mark.parametrize("values", ["ci/02-everything-values.yaml", "ci/05-keda-values.yaml"])
+def test_every_pod_can_be_kept_to_nodes_and_bears_their_taints(values: str, tmp_path: Path) -> None:
+    told: dict[str, Any] = {}
+    for where in chosen(yaml.safe_load((CHART / "values.yaml").read_text())):
+        part = told
+        for name in where:
+            part = part.setdefault(name, {})
+        part["nodeSelector"] = {"told": ".".join(where)}
+        part["tolerations"] = [{"key": ".".join(where), "operator": "Exists"}]
+    (tmp_path / "told.yaml").write_text(yaml.safe_dump(told))
+    ran = template("helm4", values, "--values", str(tmp_path / "told.yaml"))
+    assert ran.status == 0, ran.err
+    found = pods_of(thing for thing in yaml.safe_load_all(ran.out) if thing)
+    assert len(found) >= len(pods(values)) >= 7
+    for pod in found:
+        by = pod.spec.get("nodeSelector", {}).get("told")
+        assert by, f"{pod.where}: no value of the chart says which nodes it may run on"
+        assert pod.spec["tolerations"] == [{"key": by, "operator": "Exists"}], pod.where
+
+
+def test_on_aks_all_but_engines_bears_the_taint_of_a_system_pool() -> None:
+    taint = {"key": "CriticalAddonsOnly", "operator": "Exists"}
+    for pod in pods("values-aks.yaml"):
+        if pod.metadata["labels"]["app.kubernetes.io/component"] != "engine":
+            assert taint in pod.spec["tolerations"], pod.where

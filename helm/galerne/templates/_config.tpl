@@ -98,6 +98,9 @@ a gateway before it starts its successor, and a pod holds one. */}}
 {{- fail "workerGroups is empty: name at least one, for example {cpu: {gpus: 0, min: 1}} for simulated engines" -}}
 {{- end -}}
 {{- range $name, $group := $values.workerGroups -}}
+{{- if not (regexMatch "^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$" $name) -}}
+{{- fail (printf "workerGroups.%s: a group's name is of lower-case letters, digits and hyphens, begins with a letter, does not end with a hyphen and has 30 characters at most" $name) -}}
+{{- end -}}
 {{- if has $name (list "head" "gateway") -}}
 {{- fail (printf "workerGroups.%s: this name is the chart's own, choose another" $name) -}}
 {{- end -}}

@@ -6,7 +6,7 @@ Argument: (list $ model-id) */}}
 {{- define "galerne.kedaName" -}}
 {{- $id := index . 1 -}}
 {{- $words := regexReplaceAll "[^a-z0-9]+" (lower $id) "-" | trunc 16 | trimAll "-" -}}
-{{- printf "%s-keda-%s-%s" (include "galerne.fullname" (index . 0) | trunc 34 | trimSuffix "-") $words (sha256sum $id | trunc 6) -}}
+{{- printf "%s-keda-%s-%s" (include "galerne.short" (list (include "galerne.fullname" (index . 0)) 34)) $words (sha256sum $id | trunc 6) -}}
 {{- end }}
 
 {{/* Has the models of a configuration follow their Deployments. Argument: (list $ config) */}}

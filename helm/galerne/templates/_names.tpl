@@ -4,13 +4,25 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end }}
 
+{{/* A name of so many characters at most: one that is longer ends with its digest, because two that begin alike are two.
+Argument: (list name most) */}}
+{{- define "galerne.short" -}}
+{{- $name := index . 0 -}}
+{{- $most := index . 1 | int -}}
+{{- if le (len $name) $most -}}
+{{- $name -}}
+{{- else -}}
+{{- printf "%s-%s" (trunc (sub $most 9 | int) $name | trimSuffix "-") (sha256sum $name | trunc 8) -}}
+{{- end -}}
+{{- end }}
+
 {{/* KubeRay appends up to 30 characters to what it makes of this name, and a label ends at 63. */}}
 {{- define "galerne.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- include "galerne.short" (list (.Values.fullnameOverride | trimSuffix "-") 40) -}}
 {{- else -}}
 {{- $name := include "galerne.name" . -}}
-{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 40 | trimSuffix "-" -}}
+{{- include "galerne.short" (list (ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name)) 40) -}}
 {{- end -}}
 {{- end }}
 
@@ -60,6 +72,16 @@ Argument: (list $ group) */}}
 {{- end -}}
 {{- printf "%s:%s" (index . 0) $tag -}}
 {{- with index . 2 }}@{{ . }}{{ end -}}
+{{- end }}
+
+{{/* Nodes that a pod may run on. Argument: what has nodeSelector and tolerations */}}
+{{- define "galerne.nodes" -}}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{- define "galerne.pullSecrets" -}}

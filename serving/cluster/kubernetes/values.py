@@ -24,6 +24,10 @@ _GROUP: Final[dict[str, Any]] = {"gpus": 1, "gpuResource": "nvidia.com/gpu", "cp
 _HEAD: Final[dict[str, Any]] = {"cpu": 2, "memory": "8Gi"}
 _GATEWAY: Final[dict[str, Any]] = {"cpu": 2, "memory": "4Gi"}
 _GATEWAYS: Final = 2
+_REDIS: Final[dict[str, Any]] = {"cpu": 0.5, "memory": "1Gi"}
+_VERIFY: Final[dict[str, Any]] = {"cpu": 0.5, "memory": "512Mi"}
+_PREPARE: Final[dict[str, Any]] = {"cpu": 4, "memory": "16Gi"}
+_LOADTEST: Final[dict[str, Any]] = {"cpu": 2, "memory": "4Gi"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,15 @@ def _groups(values: Mapping[str, Any]) -> Iterator[Group]:
     least = dig(replicas, "min", default=1) if isinstance(replicas, dict) else replicas
     most = dig(replicas, "max", default=least) if isinstance(replicas, dict) else replicas
     yield _group("gateway", {**_GATEWAY, **_map(dig(values, "gateway")), "gpus": 0, "min": least, "max": most})
+    if dig(values, "redis", "enabled", default=True):
+        yield _group("redis", {**_map(dig(values, "redis")), **_REDIS, "gpus": 0, "min": 1, "max": 1})
+    if dig(values, "verify", "enabled", default=True):
+        yield _group("verify", {**_map(dig(values, "verify")), **_VERIFY, "gpus": 0, "min": 0, "max": 1})
+    if dig(values, "loadtest", "enabled", default=False):
+        yield _group("loadtest", {**_LOADTEST, **_map(dig(values, "loadtest")), "gpus": 0, "min": 0, "max": 1})
+    if dig(values, "weights", "prepare", "enabled", default=False):
+        prepare = {**_PREPARE, **_map(dig(values, "weights", "prepare"))}
+        yield _group("prepare", {**prepare, "gpus": 0, "min": 1, "max": 1})
     defaults = {**_GROUP, **_map(dig(values, "workerGroupDefaults"))}
     for name, given in _map(dig(values, "workerGroups")).items():
         yield _group(str(name), {**defaults, **_map(given)})
