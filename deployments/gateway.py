@@ -117,8 +117,7 @@ class GatewayReplica:
         """Called by Serve when the replica goes, its requests having ended: rows, budgets and spans are written."""
         gateway = getattr(self, "_gateway", None)
         if gateway is not None:
-            await gateway.quotas.settled()
-            gateway.close()
+            await gateway.finish()
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Published by Serve with the replica: what scrapers and `galerne status` look for."""

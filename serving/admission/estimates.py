@@ -39,8 +39,6 @@ _BELIEVED: Final = (
 # Bounds on what is believed, whatever an engine reports: no tokenizer makes more than a token of a byte.
 LEAST_BYTES, MOST_BYTES = 1.0, 16.0
 MOST_WITHOUT_TEXT = 4096.0
-# An answer that is not a stream and whose usage is not known: what its JSON is besides the text.
-ENVELOPE_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +130,6 @@ class TokenEstimates:
         # Ids are the whole prompt: no template comes before them.
         read = ids + known.prompts.tokens(0 if ids else facts.prompts, text_bytes)
         return Cost(read, output * sequences, sequences, stated)
-
-    def written(self, tenant: str, sent_bytes: int) -> float:
-        """Output tokens of a whole answer of so many bytes, where nobody has counted them."""
-        known = self._tenants.get(tenant) or _UNKNOWN
-        return max(0, sent_bytes - ENVELOPE_BYTES) * known.prompts.per_byte if self._generates else 0.0
 
     def learn(self, tenant: str, facts: RequestFacts, usage: Usage) -> None:
         """Take what the engine counted of a request that was completed."""

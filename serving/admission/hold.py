@@ -25,6 +25,7 @@ from serving.admission.ticket import CallLater, End, Ticket, Timer, Work
 from serving.admission.waking import Waking
 from serving.config import AutoscalingConfig, ModelConfig, TenantConfig, TenantQueueConfig
 from serving.errors import RateLimited, RequestError, Unavailable
+from serving.metering.usage import Usage
 
 # Replicas that could not be reached are tried again after so long, if the cluster does not speak first.
 UNREACHABLE_S = 1.0
@@ -113,6 +114,16 @@ class ModelHold:
         ticket.start_timer(self._call_later(left_s, lambda: ticket.finish_wait("late")))
         self._refresh()
         return ticket
+
+    def charge(self, ticket: Ticket, usage: Usage) -> None:
+        """A request has ended and is billed this: the same is its tenant's service, whatever was charged before."""
+        if not ticket.charged and ticket.released:
+            ticket.charged = True
+            self._queue.charge(
+                ticket.tenant,
+                usage.prompt_tokens - ticket.cost.input_tokens,
+                usage.completion_tokens - ticket.charged_output,
+            )
 
     def unreachable(self) -> None:
         """No replica could be reached: treat the model as without one until the cluster says more, or for a moment."""
@@ -316,23 +327,22 @@ class ModelHold:
         if work is None or not work.computes:
             return
         if work.first_byte_s is None and not work.client_left:
-            # No engine gave anything for it. Of one whose client left it may have read the prompt.
-            self._queue.charge(ticket.tenant, -ticket.cost.input_tokens, 0.0)
+            # No engine gave anything for it.
+            self.charge(ticket, Usage(0, 0))
             return
         usage = work.usage
-        if usage is None:
-            produced = (
-                work.later_events + 1.0 if work.stream else self._estimates.written(ticket.tenant, work.sent_bytes)
-            )
-            if work.first_byte_s is not None and produced > ticket.charged_output:
+        if usage is None or not work.usage_exact:
+            # Its engine is asked. Until it has said (`charge`), the prompt counts as expected, and so does an answer of
+            # which nothing is seen while it is written.
+            produced = ticket.output_tokens
+            if work.stream:
+                produced = work.later_events + 1.0 if work.first_byte_s is not None else 0.0
+            if produced > ticket.charged_output:
                 self._queue.charge(ticket.tenant, 0.0, produced - ticket.charged_output)
+                ticket.charged_output = produced
             return
-        self._queue.charge(
-            ticket.tenant,
-            usage.prompt_tokens - ticket.cost.input_tokens,
-            usage.completion_tokens - ticket.charged_output,
-        )
-        if work.usage_exact and work.outcome == "completed" and work.facts is not None and usage.prompt_tokens:
+        self.charge(ticket, usage)
+        if work.outcome == "completed" and work.facts is not None and usage.prompt_tokens:
             self._estimates.learn(ticket.tenant, work.facts, usage)
             self.in_flight.turnover(self._estimates.output_tokens)
 

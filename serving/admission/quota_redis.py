@@ -154,6 +154,12 @@ end
 return 0
 """
 
+_RELEASE: Final = """
+-- KEYS: leases. ARGV: a lease. Its mark stays: what the request used is told later
+redis.call('ZADD', KEYS[1], 'XX', redis.call('TIME')[1], ARGV[1])
+return 0
+"""
+
 _OWE: Final = """
 -- KEYS as above. ARGV: 1 for each budget that is set, else 0; the debt's name, its tokens, the budgets' lives in s, the
 -- life of its mark in s: it is charged once
@@ -185,9 +191,9 @@ class RedisStore:
         """`wall_s` says only which day and month it is."""
         self._link = link
         self.wall_s = wall_s
-        scripts = (_RESERVE, _SETTLE, _RENEW, _LOOK, _OWE)
+        scripts = (_RESERVE, _SETTLE, _RENEW, _LOOK, _OWE, _RELEASE)
         scripts_of = (link.redis.register_script(s) for s in scripts)
-        self._reserve, self._settle, self._renew, self._look, self._owe = scripts_of
+        self._reserve, self._settle, self._renew, self._look, self._owe, self._release = scripts_of
 
     async def reserve(self, demand: Demand) -> Verdict:
         """Count a request if every limit has room for it, else count nothing."""
@@ -208,10 +214,15 @@ class RedisStore:
         found = await self._link.call(lambda _: self._look(keys=keys, args=args))
         return QuotaStanding.of(quota, _verdict(found, now_s), now_s)
 
+    async def release(self, demand: Demand) -> None:
+        """A request has ended, and what it used is not known yet."""
+        keys = [_keys(demand.tenant, "", "")[2]]
+        await self._link.call(lambda _: self._release(keys=keys, args=[demand.lease]))
+
     async def settle(
         self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool, again: bool = False
     ) -> None:
-        """A request has ended; `again`: only if it was counted and has not been settled before."""
+        """What a request used is known; `again`: only if it was counted and has not been settled before."""
         flags = [int(limit is not None) for limit in demand.quota.by_limit.values()]
         beyond = used_tokens - demand.tokens
         args = [

@@ -116,8 +116,11 @@ class QuotaStore(Protocol):
     async def reserve(self, demand: Demand) -> Verdict:
         """Count a request if every limit has room for it, else count nothing; StoreDown where the store is away."""
 
+    async def release(self, demand: Demand) -> None:
+        """A request has ended, and what it used is not known yet; StoreDown where the store is away."""
+
     async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
-        """A request has ended; `refund`: it is to count as none. StoreDown where the store is away."""
+        """What a request used is known; `refund`: it is to count as none. StoreDown where the store is away."""
 
     async def look(self, tenant: str, quota: QuotaConfig) -> QuotaStanding:
         """Where a tenant stands, nothing counted; StoreDown where the store is away."""
@@ -226,8 +229,18 @@ class MemoryStore:
         counted.tokens.advance(int(now_s))
         return QuotaStanding.of(quota, _verdict(counted, now_s, None, 0.0), now_s)
 
+    async def release(self, demand: Demand) -> None:
+        """A request has ended, and what it used is not known yet."""
+        counted = self._tenants.get(demand.tenant)
+        if counted is not None:
+            counted.leases.discard(demand.lease)
+
     async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
-        """A request has ended."""
+        """What a request used is known."""
+        self.charge(demand, verdict, used_tokens, refund=refund)
+
+    def charge(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
+        """The same in one step."""
         counted = self._tenants.get(demand.tenant)
         if counted is None:
             return
@@ -241,6 +254,11 @@ class MemoryStore:
             elif beyond:
                 counted.tokens.give_back(verdict.second, -beyond)
         self._spend(demand.tenant, demand, verdict.day, verdict.month, beyond)
+
+    def budgets(self, tenant: str) -> dict[str, int]:
+        """A tenant's tokens by calendar day and month."""
+        counted = self._tenants.get(tenant)
+        return {} if counted is None else dict(counted.budgets)
 
     def save(self) -> None:
         """Write the budgets where they have changed. A disk in trouble stops no request; it is logged."""

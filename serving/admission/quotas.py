@@ -1,10 +1,10 @@
-"""Whether a tenant may use more now: admits a request against its limits, and settles what it really used.
+"""Whether a tenant may use more now: admits a request against its limits, and settles what it is billed.
 
-Promises: no limit is passed by more than what running requests use beyond what was reserved; nobody is told that a
-request never fits because of a guess; a request that no engine answered for the cluster's own reasons costs nothing; a
-tenant without limits pays one look-up. While a shared store does not answer, what happens is the operator's choice
-(`limits_on_outage`), requests do not wait for it again and again, and what was used meanwhile is charged to the budgets
-once it is back, whatever was chosen (`arrears`).
+Promises: no limit is passed by more than what running requests use beyond what was reserved; what a request reserved
+stays charged until it has its row in the ledger, and then it is charged what the row says, no more and no less, however
+it ended; nobody is told that a request never fits because of a guess; a tenant without limits pays one look-up. While a
+shared store does not answer, what happens is the operator's choice (`limits_on_outage`), requests do not wait for it
+again and again, and what was used meanwhile is charged to the budgets once it is back, whatever was chosen (`arrears`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import structlog
@@ -28,12 +28,10 @@ from serving.admission.estimates import Cost
 from serving.admission.quota_redis import LEASE_S, RedisStore
 from serving.admission.quota_store import Demand, MemoryStore, QuotaStanding, QuotaStore, StoreDown, Verdict
 from serving.admission.redis_link import RedisLink
-from serving.admission.ticket import Ticket, Work
 from serving.config import MEMORY, GalerneConfig, Limit, OnOutage, QuotaConfig, TenantConfig
 from serving.errors import QuotaExceeded, RateLimited, TokensLimited, Unavailable
 
 OUTAGE_RETRY_S = 5
-REFUSED = 400
 # While the store is away it is looked for so often; while it answers, leases are renewed and budgets written.
 LOOK_EVERY_S = 1.0
 RENEW_EVERY_S = LEASE_S / 4
@@ -67,13 +65,15 @@ class StoreMetrics(QuotaMetrics, Protocol):
         """Whether the store of limits answers."""
 
 
-class Ended(Work, Protocol):
-    """What is read of a request that has ended."""
+class Billed(Protocol):
+    """What is read of a request's row."""
 
     @property
-    def status(self) -> int: ...
+    def prompt_tokens(self) -> int: ...
     @property
-    def ticket(self) -> Ticket | None: ...
+    def completion_tokens(self) -> int: ...
+    @property
+    def outcome(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +151,20 @@ class Quotas:
         self._running.setdefault(tenant, set()).add(lease)
         return charge
 
-    def settle(self, charge: Charge, work: Ended, cost: Cost) -> None:
-        """A request has ended: charge what it used. Returns at once; a shared store is told in the background."""
-        running = self._running.get(charge.demand.tenant)
-        if running is not None:
-            running.discard(charge.demand.lease)
-        used, refund = used_tokens(work, cost), work.outcome in {"rejected", "failed"} and not work.client_left
-        task = asyncio.get_running_loop().create_task(self._settle(charge, used, refund=refund))
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
+    def ended(self, charge: Charge) -> None:
+        """A request has ended and may not have its row yet: it is no concurrent request any more. Returns at once."""
+        if self._let_go(charge) and charge.store is not None:
+            self._beside(self._release(charge.store, charge.demand))
+
+    def settle(self, charge: Charge, row: Billed) -> None:
+        """A request has its row: charge what it says. Returns at once; a shared store is told in the background."""
+        self._let_go(charge)
+        used, refund = row.prompt_tokens + row.completion_tokens, row.outcome in {"rejected", "failed"}
+        if self._shared is None and charge.store is not None:
+            # In this process it is one step, also while the gateway closes.
+            self._memory.charge(charge.demand, charge.verdict, used, refund=refund)
+        else:
+            self._beside(self._settle(charge, used, refund=refund))
 
     async def standing(self, tenant: str) -> tuple[QuotaConfig, QuotaStanding | None]:
         """A tenant's limits and how much of them is used; None while the store that gateways share is away."""
@@ -170,7 +175,7 @@ class Quotas:
         return quota, None
 
     async def settled(self) -> None:
-        """Return when all that has ended is charged."""
+        """Return when all that has its row is charged."""
         while self._settling:
             await asyncio.wait(self._settling)
 
@@ -216,6 +221,24 @@ class Quotas:
             )
         own = part_in_outage(demand, self._gateways)
         return Charge(own, await self._memory.reserve(own), self._memory)
+
+    def _let_go(self, charge: Charge) -> bool:
+        """Forget the lease of a running request; False where it was forgotten before."""
+        running = self._running.get(charge.demand.tenant, set())
+        if charge.demand.lease not in running:
+            return False
+        running.discard(charge.demand.lease)
+        return True
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    async def _release(self, store: QuotaStore, demand: Demand) -> None:
+        # A store that is away hears of the lease's end when it is told what the request used.
+        with suppress(StoreDown):
+            await store.release(demand)
 
     async def _settle(self, charge: Charge, used: int, *, refund: bool) -> None:
         demand, verdict = charge.demand, charge.verdict
@@ -278,21 +301,6 @@ def part_in_outage(demand: Demand, gateways: int) -> Demand:
 def _smallest(quota: QuotaConfig) -> int:
     limits = (quota.tokens_per_minute, quota.tokens_per_day, quota.tokens_per_month)
     return min((most for most in limits if most is not None), default=sys.maxsize)
-
-
-def used_tokens(work: Ended, cost: Cost) -> int:
-    """What a request has really used: as the engine counted, or by what came of it."""
-    if not work.client_left and (work.first_byte_s is None or work.status >= REFUSED):
-        return 0
-    if work.usage is not None:
-        return work.usage.prompt_tokens + work.usage.completion_tokens
-    if not work.computes:
-        return 0
-    if work.first_byte_s is None:
-        # An engine may have read the prompt of a client that left meanwhile.
-        sent = work.ticket is not None and work.ticket.released
-        return math.ceil(cost.input_tokens) if work.client_left and sent else 0
-    return math.ceil(cost.input_tokens + (work.later_events + 1 if work.stream else cost.output_tokens))
 
 
 def refusal(demand: Demand, verdict: Verdict, model: str) -> RateLimited:

@@ -79,6 +79,7 @@ class Ticket:
         "_future",
         "_hold",
         "_timer",
+        "charged",
         "charged_output",
         "cost",
         "held_tokens",
@@ -110,6 +111,8 @@ class Ticket:
         self.sent_s = 0.0
         self.held_tokens = 0.0
         self.charged_output = 0.0
+        # Whether what it took is known and charged.
+        self.charged = False
         self.ramped = False
         self.own_fault = False
 

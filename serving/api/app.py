@@ -13,7 +13,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from serving.admission.vocabulary import Vocabularies
 from serving.api import loop_lag, openapi, routes
 from serving.api.auth import Door, Identity
 from serving.api.auth.denials import DENIALS, Denials
-from serving.api.billing import Billing
+from serving.api.billing import Billing, NoLedger
 from serving.api.body import ClientLeft, Receive, Scope, Send, read_body
 from serving.api.cache_salt import CacheSalts
 from serving.api.call import Call, refuse_other_protocols
@@ -51,6 +50,8 @@ from serving.config import GalerneConfig
 from serving.errors import BadRequest, HeadersTooLarge, MethodNotAllowed, NotFound, RequestError, Unavailable
 from serving.metering.asking import LedgerQuestions
 from serving.metering.ledger import Ledger
+from serving.metering.row import Row
+from serving.metering.usage import Usage
 from serving.metrics.gateway import GatewayMetrics
 from serving.routing.fingerprint import secret
 from serving.routing.health import Health
@@ -155,10 +156,15 @@ class Gateway:
             on_retry=metrics.retried,
             on_hedge=metrics.hedged,
         )
-        self._billing: Billing | None = None
         self._ledger = ledger
+        self._billing = Billing(
+            NoLedger() if ledger is None else ledger,
+            self._pool,
+            engine_token=engine_token,
+            clock=clock,
+            on_row=metrics.billed,
+        )
         if ledger is not None:
-            self._billing = Billing(ledger, self._pool, engine_token=engine_token, clock=clock, on_row=metrics.billed)
             metrics.watch_ledger(ledger.state)
         questions = None if ledger is None else LedgerQuestions(ledger.settings)
         self._usage = TenantUsage(questions, self.quotas, self.hold, wall=wall, clock=clock)
@@ -213,14 +219,22 @@ class Gateway:
         self._facts.close()
         for task in self._tasks:
             task.cancel()
+        self._billing.close()
         self.quotas.close()
         self._usage.close()
-        if self._billing is not None and self._ledger is not None:
-            self._billing.close()
+        if self._ledger is not None:
             self._ledger.close()
         self._pool.close()
         if self._tracer is not None:
             self._tracer.close()
+
+    async def finish(self) -> None:
+        """`close`, once every request that has ended has its row and is charged: engines are asked as ever."""
+        await self._billing.asked()
+        await self.quotas.settled()
+        self.close()
+        if self.quotas.link is not None:
+            await self.quotas.link.close()
 
     def reload(self, config: GalerneConfig) -> None:
         """Take this configuration's tenants and administrators, all at once; the rest of it has to be the same.
@@ -349,18 +363,25 @@ class Gateway:
             hedge_after_s=hedge_after_s(model, stream=facts.stream),
         )
         if identity.tenant_id not in self.quotas:
-            return await self._accepted(call, exchange)
+            return await self._accepted(call, exchange, None)
         cost = self.hold[model.id].expect(identity.tenant_id, exchange, len(body))
         lease = f"{self._rng.getrandbits(64):016x}"
         charge = await self.quotas.admit(identity.tenant_id, model.id, lease, cost, call.extra)
         try:
-            return await self._accepted(call, exchange)
+            return await self._accepted(call, exchange, charge)
         finally:
             if charge is not None:
-                self.quotas.settle(charge, exchange, cost)
+                self.quotas.ended(charge)
 
-    async def _accepted(self, call: Call, exchange: Exchange) -> int:
-        billed = nullcontext() if self._billing is None else self._billing.request(exchange)
+    async def _accepted(self, call: Call, exchange: Exchange, charge: quotas.Charge | None) -> int:
+        def charged(row: Row) -> None:
+            if charge is not None:
+                self.quotas.settle(charge, row)
+            if exchange.ticket is not None:
+                usage = Usage(row.prompt_tokens, row.completion_tokens)
+                self.hold[exchange.model].charge(exchange.ticket, usage)
+
+        billed = self._billing.request(exchange, charged)
         with self._metrics.accepted(exchange, exchange.tenant, exchange.stream), billed:
             if self._tracer is None:
                 await self._relay.run(exchange, call.receive, call.send, call.extra)

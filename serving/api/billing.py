@@ -1,10 +1,14 @@
-"""From a request's end to its row in the ledger: every accepted request has exactly one.
+"""From a request's end to its row: every accepted request has exactly one, and all that is charged for it is the row's.
 
 Where an answer said what it used, its row is made at once. Where it broke off (the client left, the engine's
 connection broke) the engine still knows: it is asked, for at most half a flush of the ledger, and what it says is
 exact. Only where it cannot tell, because it died or there are too many to ask for, the row is a guess and says so. An
 engine that had the request too, and of which the client got nothing, is asked the same: nobody is billed for what it
-computed, and the row says how much that was.
+computed, and the row says how much that was. A request that no engine answered, and whose client did not leave, is
+billed nothing either.
+
+The row goes to the ledger, to the metrics and to whoever charges the tenant (quotas, the fair queue), at one moment:
+until then what was expected of the request stays charged. Without a ledger rows are made and charged all the same.
 """
 
 from __future__ import annotations
@@ -22,11 +26,14 @@ from serving.api.exchange import Exchange, Sent
 from serving.api.upstream import Pool, UpstreamError
 from serving.engine.work import ACCOUNTS
 from serving.errors import RequestError
+from serving.metering.answers import NOTHING
 from serving.metering.best_known import best_known, most_lost
 from serving.metering.row import Row
 from serving.metering.usage import Usage
 
 FIRST_PAUSE_S: Final = 0.02
+# As long as with a ledger's default, where there is none.
+FLUSH_S: Final = 1.0
 # Questions under way; beyond it rows are guesses.
 MOST_QUESTIONS: Final = 2048
 MOST_ANSWER_BYTES: Final = 4096
@@ -56,6 +63,16 @@ class Rows(Protocol):
         """Take one row; returns at once."""
 
 
+class NoLedger:
+    """Rows charge tenants and are kept nowhere."""
+
+    gateway_id = ""
+    flush_s = FLUSH_S
+
+    def record(self, row: Row) -> None:
+        """Take one row."""
+
+
 class Billing:
     """Makes rows; one per gateway process, on its event loop."""
 
@@ -80,8 +97,8 @@ class Billing:
         self._asking: dict[asyncio.Task[None], Callable[[], None]] = {}
 
     @contextmanager
-    def request(self, exchange: Exchange) -> Iterator[None]:
-        """Around a relayed request: one row, however it ends."""
+    def request(self, exchange: Exchange, charge: Callable[[Row], None] = lambda _: None) -> Iterator[None]:
+        """Around a relayed request: one row, however it ends. `charge` is called with it, once."""
         started_at = self._now()
         status: int | None = None
         try:
@@ -93,7 +110,12 @@ class Billing:
             status = ClientLeft.status
             raise
         finally:
-            self._ended(exchange, status or exchange.status or RequestError.status, started_at)
+            self._ended(exchange, status or exchange.status or RequestError.status, started_at, charge)
+
+    async def asked(self) -> None:
+        """Return when every request that has ended has its row; engines are asked for no longer than ever."""
+        while self._asking:
+            await asyncio.wait(self._asking)
 
     def close(self) -> None:
         """Make the rows that still wait for an engine's word: guesses."""
@@ -102,7 +124,7 @@ class Billing:
             guess()
         self._asking.clear()
 
-    def _ended(self, exchange: Exchange, status: int, started_at: float) -> None:
+    def _ended(self, exchange: Exchange, status: int, started_at: float, charge: Callable[[Row], None]) -> None:
         ended_s = self._clock()
         self._number += 1
         row_id = f"{self._rows.gateway_id}-{self._number:x}"
@@ -113,6 +135,7 @@ class Billing:
             row = _row(exchange, row_id, self._rows.gateway_id, status, started_at, ended_s, told, lost)
             self._rows.record(row)
             self._on_row(row)
+            charge(row)
 
         own = None
         if not exchange.usage_exact and exchange.engine is not None:
@@ -133,25 +156,33 @@ class Billing:
     async def _ask_both(
         self, own: Sent | None, lost: Sent | None, record: Callable[[_Account | None, _Account | None], None]
     ) -> None:
-        record(*await asyncio.gather(self._ask(own), self._ask(lost)))
+        record(*await asyncio.gather(self._ask(own, unknown=_NEVER_READ), self._ask(lost, unknown=None)))
 
-    async def _ask(self, sent: Sent | None) -> _Account | None:
-        """What the engine says of a request, asked until nothing will be added; None where it knows nothing of it."""
+    async def _ask(self, sent: Sent | None, *, unknown: _Account | None) -> _Account | None:
+        """What the engine says of a request, asked until nothing will be added; None where it cannot be asked.
+
+        `unknown`: what it means that the engine, asked for all the time there is, knows nothing of it.
+        """
         told: _Account | None = None
         if sent is None:
             return told
-        pause_s = FIRST_PAUSE_S
+        pause_s, answers = FIRST_PAUSE_S, False
         try:
             async with asyncio.timeout(self._rows.flush_s / 2):
                 while told is None or not told.final:
+                    answers = False
                     found = await self._account(sent)
-                    if found is None:
+                    answers = True
+                    if found is None and (told is not None or unknown is None):
                         break
                     told = found
-                    if not told.final:
+                    if told is None or not told.final:
                         await asyncio.sleep(pause_s)
                         pause_s *= 2
-        except (TimeoutError, UpstreamError):
+        except TimeoutError:
+            if told is None and answers:
+                told = unknown
+        except UpstreamError:
             pass
         return told
 
@@ -162,6 +193,10 @@ class Billing:
             return _account.decode(body) if status == OK else None
         except msgspec.DecodeError:
             return None
+
+
+# Of a request that has just ended: its client left before the engine had read it, or it would have an account.
+_NEVER_READ: Final = _Account(0, 0, 0, 0, final=True)
 
 
 def _row(
@@ -182,6 +217,9 @@ def _row(
     else:
         usage, exact = exchange.usage or best_known(exchange)[0], exchange.usage_exact
         counted = usage.prompt_tokens * (1 if exchange.facts is None else exchange.facts.n)
+    computed: int | None = None
+    if exchange.unanswered and usage != NOTHING:
+        usage, computed = NOTHING, usage.completion_tokens
     lost_tokens: tuple[int | None, int | None] = (0, 0)
     lost_exact = exchange.lost is None or (lost is not None and lost.final)
     if lost is not None and lost.final:
@@ -199,6 +237,7 @@ def _row(
         cached_tokens=usage.cached_tokens,
         completion_tokens=usage.completion_tokens,
         counted_prompt_tokens=counted,
+        counted_completion_tokens=computed,
         exact=exact,
         status=status,
         outcome=exchange.result,

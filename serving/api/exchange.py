@@ -88,6 +88,16 @@ class Exchange:
         return "cancelled" if self.outcome != "completed" and self.client_left else self.outcome
 
     @property
+    def unanswered(self) -> bool:
+        """Whether its client waited and no engine's answer began: that is the cluster's doing, and costs nothing."""
+        return self.first_byte_s is None and not self.client_left
+
+    @property
+    def expected_output_tokens(self) -> float:
+        """Tokens that its answers were expected to have when it had its turn."""
+        return 0.0 if self.ticket is None else self.ticket.output_tokens
+
+    @property
     def named(self) -> str:
         """What the client asked for by name: the model, or an adapter of it."""
         return self.model if self.facts is None else self.facts.model

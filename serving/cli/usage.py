@@ -154,6 +154,7 @@ def _verdicts(cluster: Mapping[str, Any], told: LedgerSettings) -> list[Verdict]
         from serving.metering import store
 
         written = store.known(connection, list(waiting))
+        computed = store.computed(connection)
         sums = {found["engine"]: found for found in store.totals(connection, ["engine"])}
         lost = store.lost(connection)
     verdicts = []
@@ -166,8 +167,8 @@ def _verdicts(cluster: Mapping[str, Any], told: LedgerSettings) -> list[Verdict]
             engine=name,
             counted=counted,
             ledger=billed,
-            repeated=Tokens(int(total.get("counted_prompt_tokens", 0)) - billed.prompt),
-            waiting=Tokens(sum(r.counted_prompt_tokens for r in own), sum(r.completion_tokens for r in own)),
+            unbilled=computed.get(name, Tokens()) - billed,
+            waiting=Tokens(sum(r.counted_prompt_tokens for r in own), sum(r.computed_completion_tokens for r in own)),
             others=others,
             under_way=under_way,
             guesses=int(total.get("estimated", 0)) + sum(not r.exact for r in own),
@@ -204,7 +205,7 @@ def _document(found: Verdict) -> dict[str, Any]:
     parts = {
         "engine_counted": e.counted,
         "ledger": e.ledger,
-        "prompt_of_further_answers": e.repeated,
+        "not_billed": e.unbilled,
         "not_yet_in_the_database": e.waiting,
         "not_through_a_gateway": e.others,
         "under_way": e.under_way,

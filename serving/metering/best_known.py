@@ -1,12 +1,14 @@
 """What a request used where its answer did not say.
 
 Exact where nothing was computed: it never reached an engine, the engine refused it, or its route computes nothing. Else
-a guess that is marked as one: four bytes of text make a token of the prompt, an event a token of the answer. The engine
-itself is asked afterwards (serving.api.billing); the guess stays only where it cannot tell.
+a guess that is marked as one: four bytes of text make a token of the prompt, an event a token of the answer. Of an
+answer in one piece nothing is seen while it is written: it is taken to be as long as was expected. The engine itself is
+asked afterwards (serving.api.billing); the guess stays only where it cannot tell.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, Protocol
 
 from serving.metering.answers import FREE_PATHS, NOTHING
@@ -32,6 +34,8 @@ class Ended(Protocol):
     def first_byte_s(self) -> float | None: ...
     @property
     def later_events(self) -> int: ...
+    @property
+    def expected_output_tokens(self) -> float: ...
 
 
 def most_lost(ended: Ended, counted_prompt_tokens: int, *, exact: bool) -> tuple[int | None, int | None]:
@@ -53,5 +57,7 @@ def best_known(ended: Ended) -> tuple[Usage, bool]:
     if ended.first_byte_s is not None and ended.status in REFUSED:
         return NOTHING, True
     prompt_bytes = 0 if ended.facts is None else int(ended.facts.prompt_bytes)
-    answered = ended.stream and ended.first_byte_s is not None
-    return Usage(-(-prompt_bytes // BYTES_PER_TOKEN), ended.later_events if answered else 0), False
+    written = ended.expected_output_tokens
+    if ended.stream:
+        written = ended.later_events if ended.first_byte_s is not None else 0
+    return Usage(-(-prompt_bytes // BYTES_PER_TOKEN), math.ceil(written)), False

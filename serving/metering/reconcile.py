@@ -54,15 +54,15 @@ class Lost:
 class Evidence:
     """What is known of one engine replica.
 
-    `ledger` as billed, `repeated` prompts beyond the first of each answer, `waiting` rows that are not in the database,
-    `others` without a gateway, `under_way` now; `guesses` rows that are no count; `lost` attempts of rows that another
-    engine answered.
+    `ledger` as billed, `unbilled` prompts beyond the first of each answer and what was computed in vain, `waiting` rows
+    that are not in the database, `others` without a gateway, `under_way` now; `guesses` rows that are no count; `lost`
+    attempts of rows that another engine answered.
     """
 
     engine: str
     counted: Tokens
     ledger: Tokens
-    repeated: Tokens
+    unbilled: Tokens
     waiting: Tokens
     others: Tokens
     under_way: Tokens
@@ -86,7 +86,7 @@ class Verdict:
 def verdict(evidence: Evidence) -> Verdict:
     """Hold one engine's counters against everything that is known of them."""
     e = evidence
-    rest = e.counted - (e.ledger + e.repeated + e.waiting + e.others + e.under_way)
+    rest = e.counted - (e.ledger + e.unbilled + e.waiting + e.others + e.under_way)
     least, most = e.lost.least, e.lost.most
     return Verdict(
         e,

@@ -43,3 +43,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tru
     lost_prompt_tokens: int | None = 0
     lost_completion_tokens: int | None = 0
     lost_exact: bool = True
+    # Tokens of answers as the engine's own counter took them where they are not billed, because no answer came of it;
+    # None: as billed. For reconciliation.
+    counted_completion_tokens: int | None = None
+
+    @property
+    def computed_completion_tokens(self) -> int:
+        """As the engine's own counter took them."""
+        counted = self.counted_completion_tokens
+        return self.completion_tokens if counted is None else counted

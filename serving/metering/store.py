@@ -74,6 +74,7 @@ USAGE: Final = sa.Table(
     sa.Column("lost_prompt_tokens", sa.BigInteger),
     sa.Column("lost_completion_tokens", sa.BigInteger),
     sa.Column("lost_exact", sa.Boolean, nullable=False),
+    sa.Column("counted_completion_tokens", sa.BigInteger),
     sa.Index("usage_tenant_started_at", "tenant", "started_at"),
     sa.Index("usage_started_at", "started_at"),
 )
@@ -176,11 +177,24 @@ def ran(connection: Connection, since_s: float, until_s: float) -> Iterator[Mapp
     ended_s = sa.extract("epoch", c.started_at) + c.duration_s
     lost = (c.lost_engine, c.lost_prompt_tokens, c.lost_completion_tokens, c.lost_exact)
     query = sa.select(
-        c.engine, c.started_at, c.duration_s, c.counted_prompt_tokens, c.completion_tokens, c.exact, *lost
+        c.engine,
+        c.started_at,
+        c.duration_s,
+        c.counted_prompt_tokens,
+        _COMPUTED.label("completion_tokens"),
+        c.exact,
+        *lost,
     ).where(c.engine != "", c.started_at <= datetime.fromtimestamp(until_s, UTC), ended_s >= since_s - 1)
     found = connection.execution_options(yield_per=ROWS_AT_ONCE).execute(query)
     for row in found.mappings():
         yield dict(row)
+
+
+def computed(connection: Connection) -> dict[str, Tokens]:
+    """What each engine computed for the requests that have it in their rows, billed or not."""
+    c = USAGE.c
+    query = sa.select(c.engine, _sum(c.counted_prompt_tokens), _sum(_COMPUTED)).group_by(c.engine)
+    return {engine: Tokens(prompt, completion) for engine, prompt, completion in connection.execute(query)}
 
 
 def lost(connection: Connection) -> dict[str, Lost]:
@@ -210,6 +224,7 @@ def known(connection: Connection, ids: Sequence[str]) -> set[str]:
     return found
 
 
+_COMPUTED: Final = sa.func.coalesce(USAGE.c.counted_completion_tokens, USAGE.c.completion_tokens)
 _TOKENS: Final[dict[str, sa.ColumnElement[Any]]] = {
     "prompt_tokens": USAGE.c.prompt_tokens,
     "cached_tokens": USAGE.c.cached_tokens,

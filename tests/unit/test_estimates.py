@@ -89,7 +89,6 @@ def test_what_is_expected_of_a_tenant_is_not_moved_by_another(neighbour: list[tu
     for tenant in ("quiet", "new"):
         for asked in (facts(5), facts(8000), facts(8000, 4000)):
             assert estimates.cost(tenant, asked, 0) == alone.cost(tenant, asked, 0)
-        assert estimates.written(tenant, 9000) == alone.written(tenant, 9000)
 
 
 def test_what_an_engine_reports_is_believed_within_bounds() -> None:

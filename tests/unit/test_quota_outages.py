@@ -19,7 +19,7 @@ from serving.admission.redis_link import RedisLink
 from serving.config import QuotaConfig
 from serving.errors import RateLimited, Unavailable
 from tests.redis_server import PASSWORD, RedisServer, redis_server
-from tests.unit.test_quotas import USUAL, Told, Wall, admit, connected, ended, tenants
+from tests.unit.test_quotas import Told, Wall, admit, connected, ended, tenants
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +65,15 @@ async def test_an_outage_and_its_end(policy: Any, tmp_path: Path) -> None:
                 charge, headers = await admit(quotas)
                 assert charge is not None
                 assert headers == {}
-                quotas.settle(charge, ended(100, 50), Cost(10, 20, 1))
+                quotas.settle(charge, ended(100, 50))
             elif number < 2:  # its part of four
                 charge, _ = await admit(quotas)
                 assert charge is not None
-                quotas.settle(charge, ended(100, 50), Cost(10, 20, 1))
+                quotas.settle(charge, ended(100, 50))
             else:
                 with pytest.raises(RateLimited):
                     await admit(quotas)
-        quotas.settle(before, ended(60, 40), Cost(10, 20, 1))
+        quotas.settle(before, ended(60, 40))
         await quotas.settled()
         assert states == [False]
         with pytest.raises(StoreDown):  # nobody waits for it again
@@ -143,7 +143,7 @@ async def test_what_ends_while_debts_are_paid_is_not_forgotten(server: RedisServ
         charges = [(await admit(quotas))[0] for _ in range(2)]
         assert charges[0] is not None
         assert charges[1] is not None
-        quotas.settle(charges[0], ended(500, 500), USUAL)
+        quotas.settle(charges[0], ended(500, 500))
         await quotas.settled()
         assert quotas._shared is not None
         owe, second = quotas._shared.owe, charges[1]
@@ -151,7 +151,7 @@ async def test_what_ends_while_debts_are_paid_is_not_forgotten(server: RedisServ
         async def slowly(*args: Any) -> None:
             await owe(*args)
             # The answer is on its way, while another request ends that was let through in the outage.
-            quotas.settle(second, ended(500, 500), USUAL)
+            quotas.settle(second, ended(500, 500))
             await quotas.settled()
 
         quotas._shared.owe = slowly  # type: ignore[method-assign]
@@ -171,7 +171,7 @@ async def test_what_ended_in_an_outage_holds_nothing_after_it(server: RedisServe
         link._set(up=False)
         for charge in charges:
             assert charge is not None
-            quotas.settle(charge, ended(50, 5), USUAL)
+            quotas.settle(charge, ended(50, 5))
         await came_back(quotas)
         assert await used(quotas) == {"concurrent": 0, "tokens": 110, "day": 110}
         assert (await admit(quotas))[0] is not None
@@ -189,7 +189,7 @@ async def test_a_reservation_whose_answer_came_late_counts_for_nothing(policy: A
         else:
             charge, _ = await admit(quotas, Cost(100, 200, 1))
             assert charge is not None
-            quotas.settle(charge, ended(100, 150), Cost(100, 200, 1))
+            quotas.settle(charge, ended(100, 150))
         await came_back(quotas)
         day = 0 if policy == "closed" else 250
         assert await used(quotas) == {"requests": 0, "tokens": 0, "concurrent": 0, "day": day}
@@ -202,11 +202,11 @@ async def test_a_settlement_or_a_debt_whose_answer_came_late_is_charged_once(ser
         charge, _ = await admit(quotas)
         assert charge is not None
         shared.settle = late(shared.settle, link)  # type: ignore[method-assign]
-        quotas.settle(charge, ended(500, 500), USUAL)
+        quotas.settle(charge, ended(500, 500))
         await quotas.settled()
         charge, _ = await admit(quotas)  # let through uncounted
         assert charge is not None
-        quotas.settle(charge, ended(100, 100), USUAL)
+        quotas.settle(charge, ended(100, 100))
         shared.owe = late(shared.owe, link)  # type: ignore[method-assign]
         await came_back(quotas)
         assert not link.up
@@ -243,7 +243,7 @@ async def test_tokens_of_an_outage_are_charged_to_the_days_they_were_used_on(pol
         for tokens in (100, 1000):
             charge, _ = await admit(quotas)
             assert charge is not None
-            quotas.settle(charge, ended(tokens, 0), USUAL)
+            quotas.settle(charge, ended(tokens, 0))
             wall.now_s += 2
         await came_back(quotas)
         assert await used(quotas) == {"day": 1000, "month": 1000}

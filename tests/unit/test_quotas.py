@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,7 @@ from serving.admission.quotas import Charge, Quotas, duration, part_of
 from serving.admission.redis_link import RedisLink
 from serving.config import FakeEngineConfig, QuotaConfig, TenantConfig
 from serving.errors import ConfigError, QuotaExceeded, RateLimited, TokensLimited
-from serving.metering.usage import Usage
 from tests.redis_server import RedisServer, redis_server
-from tests.unit.test_fair_hold import Job
 from tests.unit.test_gateway import AUTH, CHAT, COMPLETIONS, FAST, rig
 
 NOW_S = 1_800_000_000.5
@@ -62,19 +61,17 @@ class Told:
         self.used[tenant, limit] = part
 
 
-class Ended(Job):
-    """A request that has ended."""
+@dataclass(frozen=True)
+class Bill:
+    """A row, as far as quotas read it."""
 
-    status = 200
-    ticket = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    outcome: str = "completed"
 
 
-def ended(prompt: int = 0, completion: int = 0, **fields: Any) -> Ended:
-    job = Ended()
-    job.outcome, job.first_byte_s, job.usage = "completed", 1.0, Usage(prompt, completion)
-    for name, value in fields.items():
-        setattr(job, name, value)
-    return job
+def ended(prompt: int = 0, completion: int = 0, outcome: str = "completed") -> Bill:
+    return Bill(prompt, completion, outcome)
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +317,7 @@ async def admit(quotas: Quotas, cost: Cost = USUAL) -> tuple[Charge | None, dict
 
 
 async def test_headers_and_refusals_are_openais() -> None:
-    told, cost = Told(), Cost(10, 20, 1)
+    told = Told()
     quotas = Quotas(tenants(requests_per_minute=2, tokens_per_minute=100), MemoryStore(Wall()), metrics=told)
     charge, headers = await admit(quotas)
     assert headers == {
@@ -333,7 +330,7 @@ async def test_headers_and_refusals_are_openais() -> None:
     }
     assert told.used == {("acme", "requests"): 0.5, ("acme", "tokens"): 0.3}
     assert charge is not None
-    quotas.settle(charge, ended(40, 50), cost)
+    quotas.settle(charge, ended(40, 50))
     await quotas.settled()
     with pytest.raises(TokensLimited) as tokens:
         await admit(quotas)
@@ -365,28 +362,33 @@ async def test_what_is_never_to_be_repeated_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("job", "used"),
+    ("row", "used", "requests"),
     [
-        (ended(7, 5), 12),
-        (ended(usage=None, later_events=8), 10 + 9),
-        (ended(usage=None, stream=False), 10 + 20),
-        (ended(usage=None, status=400), 0),  # the engine refused it
-        (ended(usage=None, first_byte_s=None, outcome="failed"), 0),
-        (ended(usage=None, first_byte_s=None, outcome="failed", client_left=True), 0),  # it never left the queue
-        (ended(usage=None, computes=False), 0),
+        (ended(7, 5), 12, 2),
+        (ended(10, 500), 510, 2),
+        (ended(9, 3, "cancelled"), 12, 2),
+        # An answer that was cut is charged what it was billed, and counts as no request.
+        (ended(7, 5, "failed"), 12, 1),
+        (ended(outcome="rejected"), 0, 1),
     ],
 )
-async def test_what_a_request_used(job: Ended, used: int) -> None:
-    cost, told = Cost(10, 20, 1), Told()
-    quotas = Quotas(tenants(tokens_per_day=1000, requests_per_minute=5), MemoryStore(Wall()), metrics=told)
+async def test_a_request_is_charged_what_its_row_says(row: Bill, used: int, requests: int) -> None:
+    told = Told()
+    limits = {"tokens_per_day": 1000, "requests_per_minute": 5, "concurrent_requests": 1}
+    quotas = Quotas(tenants(**limits), MemoryStore(Wall()), metrics=told)
     charge, _ = await admit(quotas)
     assert charge is not None
-    quotas.settle(charge, job, cost)
+    quotas.ended(charge)
+    await quotas.settled()
+    _, standing = await quotas.standing("acme")
+    assert standing is not None
+    # It runs no more. What it reserved stays charged until it has its row.
+    assert standing.used == {"requests": 1, "concurrent": 0, "day": 30}
+    quotas.settle(charge, row)
     await quotas.settled()
     await admit(quotas, Cost(0, 0, 1))
     assert told.used["acme", "day"] == used / 1000
-    refunded = job.outcome == "failed" and not job.client_left
-    assert told.used["acme", "requests"] == (1 if refunded else 2) / 5
+    assert told.used["acme", "requests"] == requests / 5
 
 
 def test_durations_and_parts() -> None:
@@ -419,6 +421,26 @@ async def test_a_tenants_quota_through_the_gateway() -> None:
         assert made.total("galerne_quota_use", tenant="press", limit="requests") == 1
         assert made.total("galerne_limits_store_up") == 1
         assert made.total("galerne_requests_finished_total", outcome="completed") == 3
+
+
+async def test_max_tokens_is_a_ceiling_and_no_demand() -> None:
+    async with rig(FAST, tenant={"quota": {"tokens_per_minute": 1000, "tokens_per_day": 100_000}}, chat={}) as made:
+        # Eight answers to each of eight prompts are expected to take more than there is, and the request allows it.
+        large = {"model": "chat", "prompt": ["hello"] * 8, "n": 8, "max_tokens": 1500}
+        refused = await made.http.post("/v1/completions", headers=AUTH, json=large)
+        assert refused.status_code == 429, refused.text
+        assert "Request too large" in refused.json()["error"]["message"]
+        assert "retry-after" not in refused.headers
+        assert refused.headers["x-should-retry"] == "false"
+        # One answer is expected to be as long as answers are, whatever it may be.
+        answer = await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT | {"max_tokens": 1500})
+        assert answer.status_code == 200, answer.text
+        assert int(answer.headers["x-ratelimit-remaining-tokens"]) > 500
+        # It has written more than the limit all the same: that is paid back within the minute.
+        assert answer.json()["usage"]["completion_tokens"] == 1500
+        later = await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT)
+        assert (later.status_code, later.headers["x-ratelimit-remaining-tokens"]) == (429, "0")
+        assert 55 <= int(later.headers["retry-after"]) <= 61
 
 
 async def test_concurrent_requests_are_given_back_when_they_end_or_their_client_leaves() -> None:

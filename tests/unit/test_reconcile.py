@@ -153,7 +153,7 @@ async def test_engines_and_ledger_agree(home: Path, monkeypatch: pytest.MonkeyPa
         assert found.exit_code == 0, found.output
         balances = json.loads(found.stdout)
         assert sum(b["not_through_a_gateway"]["completion"] for b in balances) == 6
-        assert sum(b["prompt_of_further_answers"]["prompt"] for b in balances) > 0
+        assert sum(b["not_billed"]["prompt"] for b in balances) > 0
         assert "balanced" in (await invoke("usage", "reconcile")).output
         # A row that is lost is found out.
         with reading(told.url) as connection:
