@@ -15,6 +15,7 @@ import structlog
 from prometheus_client import start_http_server
 from ray.serve.handle import DeploymentHandle
 
+from serving.admission import heap
 from serving.api.app import Gateway
 from serving.api.reload import Reloader
 from serving.cluster import processes
@@ -64,6 +65,7 @@ class GatewayReplica:
         """
         if loopback:
             bind_loopback()
+        heap.tune()
         self._config = config
         self._metrics = GatewayMetrics(time.monotonic)
         self._metrics.gpus(gpus)

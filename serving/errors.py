@@ -18,9 +18,10 @@ GalerneError
     ├── Unauthenticated         401  no key, or one that is not known
     ├── Forbidden               403  a key that may not do this
     ├── NotFound                404  no such route or model
-    ├── MethodNotAllowed        405
+    ├── MethodNotAllowed        405  carries the methods that the route takes
     ├── RequestTimeout          408  a body that does not arrive
     ├── PayloadTooLarge         413
+    ├── UnsupportedEncoding     415  a body that is compressed
     ├── RateLimited             429  too many requests in a minute, at once or waiting; carries `retry_after_s`
     │   ├── TokensLimited       429  too many tokens in a minute
     │   └── QuotaExceeded       429  a day's or month's budget that is used up
@@ -175,9 +176,22 @@ class NotFound(RequestError):
 
 
 class MethodNotAllowed(RequestError):
+    """`allow`: the methods that the route takes."""
+
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+    def __init__(self, message: str, *, allow: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_not_allowed, (self.message, self.allow))
+
+
+def _not_allowed(message: str, allow: tuple[str, ...]) -> MethodNotAllowed:
+    return MethodNotAllowed(message, allow=allow)
 
 
 class RequestTimeout(RequestError):
@@ -190,6 +204,12 @@ class PayloadTooLarge(RequestError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class UnsupportedEncoding(RequestError):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_content_encoding"
 
 
 class RateLimited(RequestError):

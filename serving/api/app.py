@@ -21,12 +21,12 @@ import structlog
 
 from serving import tracing
 from serving.admission import bounds, normal, output_default, quotas
+from serving.admission.fair_share import FairShare, Holding
 from serving.admission.holds import Hold
-from serving.admission.ongoing import Ongoing
 from serving.admission.shared_service import SharedService
 from serving.admission.shedding import Bounds, Shedder
 from serving.admission.vocabulary import Vocabularies
-from serving.api import loop_lag, openapi, routes
+from serving.api import cors, loop_lag, openapi, routes
 from serving.api.auth import Door, Identity
 from serving.api.auth.denials import DENIALS, Denials
 from serving.api.billing import Billing, NoLedger
@@ -39,7 +39,7 @@ from serving.api.exchange import Exchange
 from serving.api.explain import Explainer, asked
 from serving.api.hedge import hedge_after_s
 from serving.api.ops import PATHS as OPS
-from serving.api.ops import Ops
+from serving.api.ops import Answer, Ops
 from serving.api.peers import Peers
 from serving.api.relay import CutAnswer, Relay
 from serving.api.upstream import Pool
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
 CUT = "cut"
 BUSY_RETRY_AFTER_S = 1
+NO_BODY = ((b"content-length", b"0"),)
 # Names the conversation, for routing policy `session`.
 SESSION_HEADER = b"x-session-id"
 # Of an answer: what of the request its engine did not get.
@@ -112,7 +113,8 @@ class Gateway:
         metrics.expect(config)
         self._echo_request_id = echo_request_id
         self._clock = clock
-        self._ongoing = Ongoing(config.gateway.max_ongoing_requests, len(config.tenants))
+        self.ongoing = FairShare(config.gateway.max_ongoing_requests, len(config.tenants))
+        self.bodies = FairShare(config.gateway.max_ongoing_body_bytes, len(config.tenants))
         self.replicas = ReplicaSet(config.models, rng, clock=clock, on_choice=metrics.routed, key=secret(engine_token))
         name = uuid.uuid4().hex[:GATEWAY_NAME_CHARS].encode()
         self._pool = Pool(config.gateway.connect_timeout_s, name, self.replicas.hear)
@@ -137,7 +139,9 @@ class Gateway:
             on_slow=metrics.slow_reader,
             on_round=lambda: self.replicas.forget_said(heard_for_s),
         )
-        self._shedder = Shedder(Bounds(faults.shed_lag_s, faults.shed_memory_bytes), lambda: self._ongoing.requests)
+        self._shedder = Shedder(
+            Bounds(faults.shed_lag_s, faults.shed_memory_bytes), lambda: self.ongoing.used, lambda: self.bodies.used
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._relay = Relay(
             self.replicas,
@@ -171,9 +175,7 @@ class Gateway:
         metrics.watch(self.replicas, self.hold)
         metrics.watch_ejections(self.health)
         self._tracer = None if config.tracing is None else tracing.tracer(config.tracing)
-        self._ops = Ops.of(
-            config, self.replicas, self.hold, self.health, metrics, lambda: self._ongoing.requests, clock
-        )
+        self._ops = Ops.of(config, self.replicas, self.hold, self.health, metrics, lambda: self.ongoing.used, clock)
 
     def update_replicas(self, model: str, endpoints: tuple[Endpoint, ...]) -> None:
         """Take the cluster's current replicas of a model."""
@@ -247,7 +249,7 @@ class Gateway:
         self._salts.follow(tenant.id for tenant in config.tenants)
         self.hold.update(config.tenants)
         self.quotas.update(config.tenants)
-        self._ongoing.tenants = len(config.tenants)
+        self.ongoing.tenants = self.bodies.tenants = len(config.tenants)
         self._ops.follow(config)
         self._explainer.follow(config)
         self._metrics.expect(config)
@@ -259,6 +261,8 @@ class Gateway:
             return
         started_s = self._clock()
         call = Call(scope, receive, send, echo_request_id=self._echo_request_id)
+        if (origin := call.headers.get(b"origin")) is not None and call.path not in OPS:
+            call.extra += cors.answer_headers(self._config.gateway.cors, origin)
         try:
             status = await self._story(call)
         except RequestError as error:
@@ -281,7 +285,7 @@ class Gateway:
     async def _story(self, call: Call) -> int:
         # The path as the server parsed it, never one rebuilt from Host: see THREATS, auth on a URL.
         path = call.path
-        if path in {routes.LIVE, routes.READY}:
+        if path in routes.PROBES:
             return await self._health(call)
         self._bound_headers(call.scope["headers"])
         if self._config.admins and path in OPS:
@@ -292,45 +296,59 @@ class Gateway:
             )
         if self._config.admins and path == routes.EXPLAIN:
             return await self._explain(call)
+        if call.method == "OPTIONS":
+            return await self._options(call)
         identity = self._door.enter(call.headers, call.scope)
         call.tenant = identity.tenant_id
         route = routes.RELAYED.get(path)
         if route is None:
             return await self._own(call, identity)
         call.route = path
-        if call.method != "POST":
-            raise MethodNotAllowed(f"{path} takes POST.")
+        call.takes(routes.methods(path))
         identity.require("inference")
         tenant = identity.tenant_id
         if (why := self._too_many(tenant)) is not None:
-            self._metrics.shed(why)
-            raise Unavailable(
-                "The gateway has as many requests as it takes. Try again shortly.",
-                code="overloaded",
-                retry_after_s=BUSY_RETRY_AFTER_S,
-            )
-        self._ongoing.begin(tenant)
+            raise self._overloaded(why)
+        self.ongoing.take(tenant)
+        holding = Holding(self.bodies, tenant)
         try:
-            return await self._relayed(call, route, identity)
+            return await self._relayed(call, route, identity, holding)
         finally:
-            self._ongoing.end(tenant)
+            holding.end()
+            self.ongoing.give(tenant)
+
+    def _overloaded(self, why: str) -> Unavailable:
+        self._metrics.shed(why)
+        return Unavailable(
+            "The gateway has as many requests as it takes. Try again shortly.",
+            code="overloaded",
+            retry_after_s=BUSY_RETRY_AFTER_S,
+        )
+
+    async def _read(self, call: Call, limit_bytes: int, holding: Holding) -> bytes:
+        def room(amount: int) -> None:
+            if not holding.grow(amount):
+                raise self._overloaded("bodies" if amount > self.bodies.free else "tenant")
+
+        return await read_body(
+            call.headers,
+            call.receive,
+            limit_bytes=limit_bytes,
+            timeout_s=self._config.gateway.body_timeout_s,
+            room=room,
+        )
 
     def _too_many(self, tenant: str) -> str | None:
         """Why a request of this tenant is refused before it is read; None: it is taken."""
-        if self._ongoing.full:
+        if self.ongoing.full:
             return "requests"
         if self._shedder.reason is not None:
             return self._shedder.reason
-        return None if self._ongoing.may(tenant) else "tenant"
+        return None if self.ongoing.may(tenant) else "tenant"
 
-    async def _relayed(self, call: Call, route: routes.EngineRoute, identity: Identity) -> int:
+    async def _relayed(self, call: Call, route: routes.EngineRoute, identity: Identity, holding: Holding) -> int:
         limits = identity.limits or self._limits
-        body = await read_body(
-            call.headers.get(b"content-length"),
-            call.receive,
-            limit_bytes=limits.body_bytes,
-            timeout_s=self._config.gateway.body_timeout_s,
-        )
+        body = await self._read(call, limits.body_bytes, holding)
         facts = bounds.read(route.kind, body, limits)
         body = normal.applied(body, facts)
         if facts.left_out:
@@ -346,25 +364,30 @@ class Gateway:
             )
         self.vocabularies.check(model.id, facts)
         ask_usage = facts.stream and route.says_usage and not facts.include_usage
-        sent = self._salts.into(body, identity.tenant_id, ask_usage=ask_usage) if route.computes else body
+        body_bytes = len(body)
+        # From here on there is one body: the client's own is not kept beside what engines get.
+        if route.computes:
+            body = self._salts.into(body, identity.tenant_id, ask_usage=ask_usage)
         exchange = Exchange(
             model.id,
             route.path,
-            sent,
+            body,
             call.request_id,
             started_s=self._clock(),
             tenant=identity.tenant_id,
             key_id=identity.key_id,
             facts=facts,
             computes=route.computes,
-            asked=asked(route, facts, sent, identity.tenant_id, model.id, call.headers.get(SESSION_HEADER)),
+            asked=asked(route, facts, body, identity.tenant_id, model.id, call.headers.get(SESSION_HEADER)),
             shows_route=self._is_admins(call),
             stream=facts.stream,
             hedge_after_s=hedge_after_s(model, stream=facts.stream),
+            holding=holding,
         )
+        del body
         if identity.tenant_id not in self.quotas:
             return await self._accepted(call, exchange, None)
-        cost = self.hold[model.id].expect(identity.tenant_id, exchange, len(body))
+        cost = self.hold[model.id].expect(identity.tenant_id, exchange, body_bytes)
         lease = f"{self._rng.getrandbits(64):016x}"
         charge = await self.quotas.admit(identity.tenant_id, model.id, lease, cost, call.extra)
         try:
@@ -394,14 +417,12 @@ class Gateway:
     async def _explain(self, call: Call) -> int:
         call.route = routes.EXPLAIN
         self._door.admin(call.headers, call.scope)
-        if call.method != "POST":
-            raise MethodNotAllowed(f"{routes.EXPLAIN} takes POST.")
-        question = await read_body(
-            call.headers.get(b"content-length"),
-            call.receive,
-            limit_bytes=self._limits.body_bytes,
-            timeout_s=self._config.gateway.body_timeout_s,
-        )
+        call.takes(("POST",))
+        holding = Holding(self.bodies, call.tenant)
+        try:
+            question = await self._read(call, self._limits.body_bytes, holding)
+        finally:
+            holding.end()
         return await call.answer_json(200, self._explainer.explain(question))
 
     def _is_admins(self, call: Call) -> bool:
@@ -427,12 +448,30 @@ class Gateway:
             )
 
     async def _health(self, call: Call) -> int:
-        if call.method not in {"GET", "HEAD"}:
-            raise MethodNotAllowed(f"{call.path} takes GET.")
         call.route = call.path
+        if call.method == "OPTIONS":
+            return await self._options(call)
+        call.takes(routes.methods(call.path))
         ready = call.path == routes.LIVE or self._catalogue.ready()
+        if call.path in {routes.HEALTH, routes.PING}:
+            return await call.answer(Answer(200 if ready else 503, NO_BODY, b""))
         word = "live" if call.path == routes.LIVE else "ready" if ready else "starting"
         return await call.answer_json(200 if ready else 503, {"status": word})
+
+    async def _options(self, call: Call) -> int:
+        """A browser's question whether a page may call; no key comes with it."""
+        methods = routes.methods(call.path)
+        if not methods:
+            raise NotFound("There is no such route here. The README lists the routes.")
+        call.route = routes.label(call.path)
+        allowed = cors.preflight(self._config.gateway.cors, call.headers, methods)
+        if allowed is None:
+            raise MethodNotAllowed(
+                f"{call.route} takes {' or '.join(methods)}. Pages in browsers may call from the origins that the "
+                "operator names in gateway.cors.origins; yours is none of them.",
+                allow=methods,
+            )
+        return await call.answer(Answer(204, tuple(allowed), b""))
 
     async def _own(self, call: Call, identity: Identity) -> int:
         path = call.path
@@ -450,19 +489,16 @@ class Gateway:
             name = path.removeprefix(routes.MODEL_PREFIX)
             self._catalogue.model(name, identity)
             content = self._catalogue.card(name)
-            path = routes.MODEL_PREFIX + "{id}"
         else:
             raise NotFound(f"There is no {call.method} {path[:128]} here. The README lists the routes.")
-        call.route = path
-        if call.method != "GET":
-            raise MethodNotAllowed(f"{path} takes GET.")
+        call.route = routes.label(path)
+        call.takes(routes.methods(path))
         return await call.answer_json(200, content)
 
     async def _used(self, call: Call, identity: Identity) -> int:
         call.route = routes.USAGE
         identity.require("usage")
-        if call.method != "GET":
-            raise MethodNotAllowed(f"{routes.USAGE} takes GET.")
+        call.takes(routes.methods(routes.USAGE))
         return await call.answer(await self._usage.answer(identity, call.scope["query_string"]))
 
 

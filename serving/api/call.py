@@ -10,7 +10,7 @@ from typing import Any, Final
 from serving.api import errors
 from serving.api.body import Receive, Scope, Send
 from serving.api.ops import Answer
-from serving.errors import RequestError
+from serving.errors import MethodNotAllowed, RequestError
 from serving.metrics.table import NO_MODEL, NO_TENANT
 
 REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
@@ -53,6 +53,11 @@ class Call:
         self.route = OTHER_ROUTE
         self.model = NO_MODEL
         self.tenant = NO_TENANT
+
+    def takes(self, methods: tuple[str, ...]) -> None:
+        """Refuse every other method of `route`; raises MethodNotAllowed."""
+        if self.method not in methods:
+            raise MethodNotAllowed(f"{self.route} takes {' or '.join(methods)}.", allow=methods)
 
     async def refuse(self, error: RequestError) -> None:
         """Answer with OpenAI's error body."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from serving.errors import RequestError
+from serving.errors import MethodNotAllowed, RequestError, UnsupportedEncoding
 
 _encode = msgspec.json.Encoder().encode
 
@@ -38,6 +38,11 @@ def headers(error: RequestError) -> list[tuple[bytes, bytes]]:
         pairs.append((b"retry-after", str(error.retry_after_s).encode()))
     if error.status == 401:  # noqa: PLR2004 - RFC 9110: a 401 names the scheme it asks for
         pairs.append((b"www-authenticate", b"Bearer"))
+    # RFC 9110: a 405 names the methods, and a 415 for a body's coding the codings, that would have been taken.
+    if isinstance(error, MethodNotAllowed):
+        pairs.append((b"allow", ", ".join(error.allow).encode()))
+    if isinstance(error, UnsupportedEncoding):
+        pairs.append((b"accept-encoding", b"identity"))
     return pairs
 
 

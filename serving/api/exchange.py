@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from serving.admission.bounds import RequestFacts
+from serving.admission.fair_share import Holding
 from serving.admission.ticket import Ticket
 from serving.api.upstream import Connection
 from serving.metering.usage import Usage
@@ -79,8 +80,18 @@ class Exchange:
     waits: bool = False
     bound: asyncio.Timeout | None = field(default=None, repr=False)
     ticket: Ticket | None = field(default=None, repr=False)
+    # What its body takes of the bound on all bodies.
+    holding: Holding | None = field(default=None, repr=False)
     connection: Connection | None = field(default=None, repr=False)
     lease: Lease | None = field(default=None, repr=False)
+
+    def answered(self) -> None:
+        """The answer has begun, so nobody needs the body any more: a long stream does not keep a large prompt."""
+        self.body = b""
+        if self.holding is not None:
+            self.holding.end()
+        if self.ticket is not None:
+            self.ticket.answered()
 
     @property
     def result(self) -> Outcome:

@@ -58,6 +58,7 @@ _RELAYED: Final = {
     400: "Malformed, or out of bounds.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
+    415: "The body is compressed.",
     429: "A quota is spent; see Retry-After.",
     502: "The engine broke off before its first byte.",
     504: "The engine did not answer in time.",
@@ -101,6 +102,15 @@ def document() -> dict[str, Any]:
                 "summary": "Health, for probes.",
                 "security": [],
                 "responses": answers | _errors({405: _EVERY[405]}),
+            }
+        }
+    for path in (routes.HEALTH, routes.PING):
+        probe = {str(status): {"description": "Without a body."} for status in (200, 503)}
+        paths[path] = {
+            "get": {
+                "summary": "Ready or not, for tools made for vLLM's servers.",
+                "security": [],
+                "responses": probe | _errors({405: _EVERY[405]}),
             }
         }
     return {

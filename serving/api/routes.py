@@ -54,6 +54,9 @@ MODELS = "/v1/models"
 MODEL_PREFIX = "/v1/models/"
 LIVE = "/health/live"
 READY = "/health/ready"
+# As vLLM has them, for tools that were made for its servers: a status and no body.
+HEALTH = "/health"
+PING = "/ping"
 VERSION = "/version"
 # What the key's own tenant used.
 USAGE = "/v1/usage"
@@ -61,4 +64,22 @@ USAGE = "/v1/usage"
 EXPLAIN = "/ops/route"
 OPENAPI = "/v1/openapi.json"
 # Answered by the gateway itself, by GET.
-OWN: frozenset[str] = frozenset({MODELS, LIVE, READY, VERSION, OPENAPI, USAGE})
+OWN: frozenset[str] = frozenset({MODELS, LIVE, READY, HEALTH, PING, VERSION, OPENAPI, USAGE})
+# Answered without a key.
+PROBES: frozenset[str] = frozenset({LIVE, READY, HEALTH, PING})
+
+_GET = ("GET", "HEAD")
+
+
+def methods(path: str) -> tuple[str, ...]:
+    """What a path takes; empty where there is no such route for clients."""
+    if path in RELAYED:
+        return ("POST",)
+    if path == PING:
+        return (*_GET, "POST")
+    return _GET if path in OWN or path.startswith(MODEL_PREFIX) else ()
+
+
+def label(path: str) -> str:
+    """A known path as metrics and messages name it: bounded, whatever a client asked for."""
+    return MODEL_PREFIX + "{id}" if path.startswith(MODEL_PREFIX) else path

@@ -16,6 +16,7 @@ from serving.config.autoscaling import (
     zone,
 )
 from serving.config.base import MODEL_ID, NAME, SHA256, Frozen, Misplaced, PositiveInt, Seconds
+from serving.config.cors import CorsConfig
 from serving.config.fake import FakeEngineConfig, FakeFaults
 from serving.config.faults import GatewayFaultsConfig, ModelFaultsConfig
 from serving.config.keys import (
@@ -68,6 +69,7 @@ __all__ = [
     "AdminConfig",
     "AutoscalingConfig",
     "CapacityConfig",
+    "CorsConfig",
     "CredentialConfig",
     "Day",
     "ExternalConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from serving.config.base import Frozen, Misplaced, PositiveInt, Seconds
+from serving.config.cors import CorsConfig
 from serving.config.faults import GatewayFaultsConfig
 from serving.config.keys import Networks
 
@@ -50,12 +51,17 @@ class GatewayConfig(Frozen):
     cpus: Annotated[float, Field(ge=0)] = 0.5
     # Beyond it new requests get 503: an event loop that holds more only gets slower for all.
     max_ongoing_requests: PositiveInt = 4096
+    # Bytes of the bodies of all requests that are being read or have no answer yet. Beyond it, and beyond a tenant's
+    # part of it, new ones get 503 before their body is read: bodies are most of what a gateway's memory holds.
+    max_ongoing_body_bytes: PositiveInt = 512 * 1024 * 1024
     connect_timeout_s: Seconds = 2.0
     # Until the first byte of an engine's answer. Long: a queued prompt answers only when its turn comes.
     response_timeout_s: Seconds = 600.0
     # A client must deliver its whole body within it (slow bodies hold memory).
     body_timeout_s: Seconds = 30.0
     faults: GatewayFaultsConfig = GatewayFaultsConfig()
+    # Pages of other origins that may call from a browser; absent: none may.
+    cors: CorsConfig | None = None
     # Prometheus metrics of a gateway replica: the first free port from here on.
     metrics_port: Annotated[int, Field(ge=1, le=65000)] = 9400
 

@@ -76,6 +76,11 @@ class GalerneConfig(Frozen):
         for i, tenant in enumerate(self.tenants):
             self._check_tenant(tenant, ("tenants", i), known)
         self._quotas_are_whole()
+        if self.gateway.max_ongoing_body_bytes < self.limits.body_bytes:
+            raise Misplaced(
+                f"must be at least limits.body_bytes ({self.limits.body_bytes}), or no such body could be read",
+                *("gateway", "max_ongoing_body_bytes"),
+            )
         for i, model in enumerate(self.models):
             if (model.faults.hedge_after_s or 0.0) >= self.gateway.response_timeout_s:
                 raise Misplaced(

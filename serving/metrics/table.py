@@ -21,7 +21,7 @@ MET, MISSED = "true", "false"  # label values of `met`
 UPSTREAM_KINDS = ("connect", "broken", "timeout", "server_error", "stalled")
 # Failures after which a request may go to another replica, and what came of it.
 RETRY_KINDS = ("broken", "server_error", "stalled")
-SHED_REASONS = ("requests", "tenant", "event_loop", "memory")
+SHED_REASONS = ("requests", "tenant", "bodies", "event_loop", "memory")
 EJECTION_REASONS = ("failures", "stalled", "probes")
 RETRY_ENDS = ("sent", "no_replica", "no_budget")
 # Whose answer a client got of a request that two replicas had.

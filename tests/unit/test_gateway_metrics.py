@@ -189,6 +189,6 @@ def test_the_table_is_one_and_each_row_has_one_exporter() -> None:
 def test_label_values_are_those_of_what_decides() -> None:
     assert table.ROUTE_REASONS == choice.REASONS
     assert get_args(ejection.Reason) == table.EJECTION_REASONS
-    assert {*table.SHED_REASONS} == {"requests", "tenant", *get_args(shedding.Reason)}
+    assert {*table.SHED_REASONS} == {"requests", "tenant", "bodies", *get_args(shedding.Reason)}
     assert get_args(upstream.FailureKind) == table.UPSTREAM_KINDS
     assert {*table.HOLD_ENDS} == {"full", *get_args(ticket.End)}

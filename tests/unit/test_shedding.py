@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -11,7 +14,9 @@ from hypothesis import strategies as st
 
 from serving.admission.shedding import (
     LEAST_IN_FLIGHT,
+    LOOKS_A_TRIM,
     WINDOW,
+    WORTH_TRIMMING_BYTES,
     Bounds,
     Load,
     Reason,
@@ -67,19 +72,78 @@ def test_what_begins_it_also_keeps_it_on(lags_s: tuple[float, ...], memory_bytes
 
 def test_a_shedder_follows_its_window() -> None:
     in_flight = BUSY
-    shedder = Shedder(BOUNDS, lambda: in_flight, lambda: 0)
+    shedder = Shedder(BOUNDS, lambda: in_flight, memory=lambda: 0)
     reasons = []
     for lag_s in (0.0, 1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1):
         shedder.observe(lag_s)
         reasons.append(shedder.reason)
     late = "event_loop"
     assert reasons == [None, None, None, late, late, late, late, None]
-    shedder = Shedder(BOUNDS, lambda: in_flight, resident_bytes)
+    shedder = Shedder(BOUNDS, lambda: in_flight, memory=resident_bytes)
     shedder.observe(0.0)
     assert shedder.reason == "memory"
     in_flight = 0
     shedder.observe(0.0)
     assert shedder.reason is None
+
+
+class Process:
+    """Memory of which a part is free and only kept by the allocator."""
+
+    def __init__(self, used: int, kept: int) -> None:
+        self.used, self.kept, self.trims = used, kept, 0
+
+    def memory(self) -> int:
+        return self.used + self.kept
+
+    def trim(self) -> None:
+        self.kept, self.trims = 0, self.trims + 1
+
+
+def test_what_the_allocator_keeps_is_given_back_before_anybody_is_refused() -> None:
+    process = Process(used=400, kept=5000)
+    shedder = Shedder(BOUNDS, lambda: BUSY, memory=process.memory, trim=process.trim)
+    shedder.observe(0.0)
+    assert (shedder.reason, process.memory(), process.trims) == (None, 400, 1)
+    # What is really used is not talked away, and looking costs no trim each time.
+    process.used = 2000
+    for _ in range(3 * LOOKS_A_TRIM):
+        shedder.observe(0.0)
+    assert shedder.reason == "memory"
+    assert process.trims <= 5
+
+
+def test_memory_goes_back_when_many_bodies_have_gone() -> None:
+    held, process = 0, Process(used=100, kept=0)
+    shedder = Shedder(Bounds(0.5, 10**9), lambda: BUSY, lambda: held, process.memory, process.trim)
+    shedder.observe(0.0)
+    held = 2 * WORTH_TRIMMING_BYTES
+    shedder.observe(0.0)
+    assert process.trims == 0
+    held = WORTH_TRIMMING_BYTES
+    shedder.observe(0.0)
+    shedder.observe(0.0)
+    assert process.trims == 1
+
+
+def test_freed_blocks_leave_the_process() -> None:
+    """As a gateway that read large bodies while small things came and went: in a process of its own."""
+    program = """
+import json, sys
+from serving.admission import heap
+from serving.admission.shedding import resident_bytes
+heap.tune()
+before = resident_bytes()
+bodies, small = [], []
+for size in (200_000, 3_000_000) * 40:
+    bodies.append(bytearray(b"x" * size)); small.append(bytes(1000 + len(small)))
+held = resident_bytes(); bodies.clear(); heap.trim()
+print(json.dumps([before, held, resident_bytes()]))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, held, after = json.loads(ran.stdout)
+    assert held - before > 100_000_000
+    assert after - before < 0.1 * (held - before)
 
 
 async def test_a_gateway_that_sheds_answers_503_and_goes_on_with_what_it_has() -> None:

@@ -104,7 +104,7 @@ class Ops:
         if path == STATE:
             enter()
         if method != "GET":
-            raise MethodNotAllowed(f"{path} takes GET.")
+            raise MethodNotAllowed(f"{path} takes GET.", allow=("GET",))
         return await self._state() if path == STATE else _file(path)
 
     async def _state(self) -> Answer:
