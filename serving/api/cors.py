@@ -17,7 +17,7 @@ Headers = list[tuple[bytes, bytes]]
 
 ANY: Final = "*"
 # What scripts may read of an answer; everything else is hidden from them.
-EXPOSED: Final = b"retry-after, x-request-id, x-galerne-route"
+EXPOSED: Final = b"retry-after, x-request-id, x-galerne-left-out, x-galerne-lowered, x-galerne-route"
 # Names of headers as a browser lists them; SDKs in browsers send a dozen of their own.
 _NAMES: Final = re.compile(rb"[A-Za-z0-9\-_, ]{1,2048}")
 
