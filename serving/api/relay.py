@@ -168,13 +168,16 @@ class Relay:
 
         Why that is safe for a POST is `serving.api.retry`'s.
         """
+        health = self._health[exchange.model]
+        there = health.listed
         exchange.waits = True
-        end, exchange.turn = await again_allowed(self._health[exchange.model], exchange.spent, error.kind)
+        end, exchange.turn = await again_allowed(health, exchange.spent, error.kind)
         exchange.waits = False
         engine, request_id, sent = exchange.engine, exchange.engine_request_id, None
         if exchange.turn is not None and not exchange.client_left:
             with contextlib.suppress(Unavailable):
-                sent = await self._connect(exchange)
+                # Not to one that came meanwhile: it may be the successor of the one that died of it.
+                sent = await self._connect(exchange, health.listed - there)
             if sent is None:
                 end = "no_replica"
         if exchange.client_left and sent is None:
@@ -310,7 +313,8 @@ class Relay:
         self._on_first(exchange, status)
         if exchange.lease is not None and status == OK:
             exchange.lease.answered()
-        exchange.answered()
+        if exchange.ticket is not None:
+            exchange.ticket.answered()
         events = (b"content-type", EVENT_STREAM) in _types(connection)
         # Also where the head of a held stream said 200 before: what the event says is what came of it.
         exchange.status = status

@@ -54,6 +54,8 @@ ONE_MACHINE = {
     "RAY_enable_worker_prestart": "0",
     # No load balancer of another machine has to notice first that the gateway goes.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+    # HAProxy's actor starts beside engines on few processors: after Ray's 5 s, three times over, it would be killed.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
 }
 
 

@@ -48,6 +48,11 @@ class ModelHealth:
         self.endpoints: tuple[Endpoint, ...] = ()
         self.stall_s = model.faults.stall_s
 
+    @property
+    def listed(self) -> frozenset[str]:
+        """The replicas that the cluster lists."""
+        return frozenset(endpoint.replica_id for endpoint in self.endpoints)
+
 
 class Health:
     """All models'. Used from one event loop only."""

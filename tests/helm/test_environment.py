@@ -37,6 +37,7 @@ NOT_IN_PODS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",  # would put Ray's own processes on loopback
     "VLLM_LOOPBACK_IP",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",  # other pods' HAProxy has to notice first that a gateway goes
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S",  # a pod's processors are its own
 }
 ONLY_IN_PODS = {
     "GALERNE_ENGINE_TOKEN",

@@ -184,6 +184,27 @@ async def test_a_request_of_which_two_replicas_die_is_not_given_to_a_third() -> 
         assert made.total("galerne_retries_total", end="no_replica") == 1
 
 
+async def test_a_request_goes_to_no_replica_that_came_after_its_loss() -> None:
+    wrap, served = dies(10**9)
+    async with rig(FAST, FAST, FAST, wrap=wrap) as made:
+        dying, other, successor = made.endpoints
+        made.gateway.update_replicas("chat", (dying, other))
+        turns = [await made.gateway.health["chat"].budget.turn(0) for _ in range(LEAST)]
+        asked = asyncio.create_task(until_used(made, served, CHAT))
+        # Nobody has a turn for a second try before the list has changed.
+        while not made.total("galerne_upstream_errors_total", kind="broken"):
+            await asyncio.sleep(0.01)
+        made.gateway.update_replicas("chat", (successor,))
+        for turn in turns:
+            assert turn is not None
+            turn.end()
+        assert (await asked)[-1].status_code == 502
+        assert served[2] == 0
+        assert made.total("galerne_retries_total", end="no_replica") == 1
+        # Others are welcome there.
+        assert (await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT)).status_code == 200
+
+
 async def test_a_client_that_leaves_while_it_waits_for_a_turn_gives_its_place_back() -> None:
     wrap, served = dies(10)
     async with rig(FAST, FAST, wrap=wrap) as made:
