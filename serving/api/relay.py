@@ -313,8 +313,7 @@ class Relay:
         self._on_first(exchange, status)
         if exchange.lease is not None and status == OK:
             exchange.lease.answered()
-        if exchange.ticket is not None:
-            exchange.ticket.answered()
+        exchange.answered()
         events = (b"content-type", EVENT_STREAM) in _types(connection)
         # Also where the head of a held stream said 200 before: what the event says is what came of it.
         exchange.status = status
