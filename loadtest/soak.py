@@ -41,6 +41,8 @@ from loadtest.targets import served
 NAME = "soak"
 MODEL = "chat"
 TENANT = "bench"
+# The group's name in the ready file, and the program's.
+HAPROXY = "haproxy"
 SAMPLE_S = 10.0
 SETTLE_S = 15.0
 # Readings before this share of the run are not part of the line.
@@ -162,15 +164,20 @@ class Leavers(threading.Thread):
 
 
 class Watch(threading.Thread):
-    """Reads the processes of a cluster again and again."""
+    """Reads the processes of a cluster again and again.
 
-    def __init__(self, pids: Mapping[str, Sequence[int]]) -> None:
+    Processes come and go: HAProxy's is another one after every reload, and a list of them is old when it is read. So
+    `named` has a name to a process id, whose process may be gone at any moment, and `reloading` a name to (ancestor,
+    program): whatever runs of that program below that ancestor at a reading is added up.
+    """
+
+    def __init__(self, named: Mapping[str, int], reloading: Mapping[str, tuple[int, str]]) -> None:
         super().__init__(daemon=True)
-        self._processes = [
-            (f"{group} {pid}" if len(members) > 1 else group, psutil.Process(pid))
-            for group, members in pids.items()
-            for pid in members
-        ]
+        self._named: dict[str, psutil.Process] = {}
+        for name, pid in named.items():
+            with suppress(psutil.NoSuchProcess):
+                self._named[name] = psutil.Process(pid)
+        self._reloading = dict(reloading)
         self._ended = threading.Event()
         self._began_s = time.monotonic()
         self.readings: list[Reading] = []
@@ -181,25 +188,50 @@ class Watch(threading.Thread):
             self.read()
 
     def read(self) -> None:
-        """One reading of each."""
-        for name, process in self._processes:
-            # HAProxy's process is another after a reload.
-            with suppress(psutil.NoSuchProcess), process.oneshot():
-                self.readings.append(
-                    Reading(
-                        time.monotonic() - self._began_s,
-                        name,
-                        process.memory_info().rss,
-                        process.num_fds(),
-                        process.num_threads(),
-                    )
-                )
+        """One reading of each; nothing of one that has ended."""
+        now: dict[str, list[psutil.Process]] = {name: [process] for name, process in self._named.items()}
+        now |= {name: _below(ancestor, program) for name, (ancestor, program) in self._reloading.items()}
+        for name, processes in now.items():
+            figures = [found for process in processes if (found := _figures(process)) is not None]
+            if figures:
+                rss_bytes, descriptors, threads = (sum(column) for column in zip(*figures, strict=True))
+                self.readings.append(Reading(time.monotonic() - self._began_s, name, rss_bytes, descriptors, threads))
 
     def stop(self) -> None:
         """End, with a last reading."""
         self._ended.set()
         self.join()
         self.read()
+
+
+def watched(ready: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, tuple[int, str]]]:
+    """What `Watch` is to read of the cluster that this ready file tells of."""
+    named = {
+        f"{group} {pid}" if len(members) > 1 else group: pid
+        for group, members in ready["pids"].items()
+        if group != HAPROXY
+        for pid in members
+    }
+    return named, {HAPROXY: (ready["pid"], HAPROXY)}
+
+
+def _below(ancestor: int, program: str) -> list[psutil.Process]:
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(ancestor).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if process.name() == program:
+                    found.append(process)
+    return found
+
+
+def _figures(process: psutil.Process) -> tuple[int, int, int] | None:
+    """Resident bytes, descriptors and threads; None where it has ended, or ends meanwhile."""
+    try:
+        with process.oneshot():
+            return process.memory_info().rss, process.num_fds(), process.num_threads()
+    except psutil.Error:  # a zombie of somebody's answers "access denied"
+        return None
 
 
 def trends(readings: Sequence[Reading], seconds: float) -> list[Trend]:
@@ -263,7 +295,7 @@ def main() -> int:
     wanted = scenario(seconds, key)
     when = datetime.now(UTC)
     with served(config(), key, gateways=GATEWAYS, replicas=REPLICAS) as ready:
-        watch = Watch({name: pids for name, pids in ready["pids"].items() if pids})
+        watch = Watch(*watched(ready))
         leavers = Leavers(ready["url"], key, seed=1)
         watch.start()
         leavers.start()

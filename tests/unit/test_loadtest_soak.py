@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from loadtest.soak import MIB, Reading, books, config, scenario, trends
+import os
+import subprocess
+import sys
+
+from loadtest.soak import MIB, Reading, Watch, books, config, scenario, trends, watched
 from serving.config import GalerneConfig
 
 
@@ -41,3 +45,33 @@ def test_the_cluster_and_the_load_are_valid() -> None:
     access = {"tenants": [{"id": "bench", "keys": [{"id": "k", "sha256": "0" * 64}]}]}
     assert GalerneConfig.model_validate(config() | access).gateway.bounds.min == 2
     assert scenario(60, "sk-x").total_s == 60
+
+
+def test_a_process_that_is_gone_before_the_first_reading_ends_no_soak() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    ready = {"pid": os.getpid(), "pids": {"gateway": [os.getpid(), ended.pid], "haproxy": [ended.pid], "engine": []}}
+    watch = Watch(*watched(ready))
+    watch.read()
+    assert [reading.process for reading in watch.readings] == [f"gateway {os.getpid()}"]
+
+
+def test_a_proxy_that_reloads_is_read_as_the_process_it_is_now() -> None:
+    program = "import sys; sys.stdin.read()"
+
+    def started() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
+
+    # Its name is what the kernel calls it, as HAProxy's is.
+    first = started()
+    with open(f"/proc/{first.pid}/comm") as file:
+        name = file.read().strip()
+    watch = Watch({}, {"haproxy": (os.getpid(), name)})
+    watch.read()
+    second = started()
+    first.communicate()
+    watch.read()
+    second.communicate()
+    watch.read()
+    assert [reading.process for reading in watch.readings] == ["haproxy", "haproxy"]
+    assert all(reading.rss_bytes > 0 and reading.descriptors >= 3 for reading in watch.readings)
