@@ -19,6 +19,7 @@ ARG PIP_INDEX_URL
 WORKDIR /src
 COPY locks/ locks/
 COPY image/ image/
+COPY setup/ setup/
 COPY pyproject.toml README.md LICENSE ./
 COPY serving/ serving/
 COPY deployments/ deployments/

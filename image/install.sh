@@ -7,7 +7,8 @@
 #
 #   PYTHON             the interpreter that the environment is made of (python3.11)
 #   COMPILE_BYTECODE   1: compile every module now (the image's root is read-only later)
-#   UV_FIND_LINKS, UV_DEFAULT_INDEX, PIP_INDEX_URL …: where packages come from; hashes hold whatever it is
+#   UV_FIND_LINKS, UV_DEFAULT_INDEX, PIP_INDEX_URL …: where packages come from (setup/packages.py: PyTorch's build for
+#                      processors by default from PyTorch's own page, which uv knows); hashes hold whatever it is
 set -eu
 
 kind=$1
@@ -35,7 +36,7 @@ compile=""
 [ "${COMPILE_BYTECODE:-0}" = 0 ] || compile="--compile-bytecode"
 "$uv" venv --quiet --python "$python" "$prefix"
 # shellcheck disable=SC2086 # no option or one
-"$uv" pip sync --quiet $compile --python "$prefix/bin/python" --require-hashes "$lock"
+"$python" "$root/setup/packages.py" --uv "$uv" sync "$prefix/bin/python" "$lock" $compile
 
 # A copy, because setuptools writes beside the sources.
 mkdir "$tools/source"

@@ -19,6 +19,7 @@ from serving import __version__
 from serving.cli import cluster, keys, simulate, state, usage
 from serving.cli.explain import explain
 from serving.cli.verify import verify
+from serving.cluster.environment import past_proxies
 from serving.config import GalerneConfig, Source
 from serving.config_file import load
 from serving.errors import ConfigError, GalerneError
@@ -55,7 +56,11 @@ ConfigArgument = Annotated[
 
 @app.callback()
 def begin() -> None:
-    """What every command begins with: standard output is the command's answer alone, and logs go where errors go."""
+    """What every command begins with: standard output is the command's answer alone, and logs go where errors go.
+
+    And a proxy of the environment is for what leaves the machine.
+    """
+    os.environ |= past_proxies(os.environ)
     # The stream of the moment, as with the consoles above.
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
 

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from serving.cli import prometheus, state
+from serving.cli import prometheus, state, supervision
 from serving.cli.prepare import prepare_models
-from serving.cluster import processes
+from serving.cluster import guard, processes
 from serving.cluster.edge import ENV_ENGINE_TOKEN
 from serving.cluster.environment import (
     ENV_LIMITS_FILE,
@@ -96,9 +96,22 @@ def run(plan: Plan, console: Console) -> int:
     (plan.state_dir / HAPROXY_DIR).mkdir(exist_ok=True)
     if plan.config.demo_keys:
         console.print("[yellow]Warning:[/] the keys of this configuration are public. Loopback only; for demos.")
+    processes.become_reaper()
+    # Whoever kills this process is told so, and nothing is left of it.
+    guarding = guard.started(_files(plan))
+    try:
+        return _serve(plan, console, stop, binary, started_s)
+    finally:
+        guarding.terminate()
+        guarding.communicate()
+
+
+def _serve(plan: Plan, console: Console, stop: threading.Event, binary: str | None, started_s: float) -> int:
+    """What comes after the refusals: models, Ray, the deployments, until a signal."""
+    # Ray's processes are wanted to end.
+    stopping = threading.Event()
     _warm_byte_code(plan.config)
     prepare_models(plan.config, console)
-    processes.become_reaper()
     metrics_port = processes.free_port(plan.config.listen.host, METRICS_PORT_HAPROXY)
     os.environ.update(environment(plan.config, plan.state_dir) | ONE_MACHINE)
     # Guards the engines' ports, and is what HAProxy proves itself to gateways with.
@@ -128,12 +141,14 @@ def run(plan: Plan, console: Console) -> int:
                 measured.start()
             with console.status("starting Ray"):
                 cluster.start()
+            supervision.end_without_ray(stopping, plan.state_dir / LOG_FILE, _files(plan), console)
             # Ray installs handlers of its own when it starts.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: stop.set())
             cluster.deploy(APP, APPLICATION, config, token, plan.source)
             return asyncio.run(_Session(plan, cluster, token, metrics_port, console, stop, started_s, measured).run())
         finally:
+            stopping.set()
             _take_down(cluster, plan, console)
 
 
@@ -276,7 +291,7 @@ class _Session:
             state.write_targets(self._plan.state_dir, self._state)
 
     def _write(self) -> None:
-        found = frozenset(_named(processes.descendants(os.getpid()), "haproxy"))
+        found = processes.named(processes.descendants(os.getpid()), {supervision.HAPROXY})
         self._state = replace(self._state, haproxy_pids=tuple(sorted(found)))
         state.write(self._plan.state_dir, self._state, self._plan.ready_file)
 
@@ -377,15 +392,6 @@ async def _answers(host: str, port: int) -> bool:
     return b" 200 " in line
 
 
-def _named(pids: set[int], name: str) -> list[int]:
-    found = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/comm").read_text().strip() == name:
-                found.append(pid)
-    return found
-
-
 def _take_down(cluster: LocalCluster, plan: Plan, console: Console) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _at_once)
@@ -394,13 +400,14 @@ def _take_down(cluster: LocalCluster, plan: Plan, console: Console) -> None:
         # A replica that hangs must not keep the rest alive: the descendants are ended in any case.
         _within(cluster.stop, STOP_WAIT_S)
         processes.end_descendants(os.getpid())
-    for name in (state.STATE_FILE, state.TARGETS_FILE):
-        with contextlib.suppress(OSError):
-            (plan.state_dir / name).unlink()
-    if plan.ready_file is not None:
-        with contextlib.suppress(OSError):
-            plan.ready_file.unlink()
-    console.print("Stopped: no process and no port is left.")
+    supervision.remove(_files(plan))
+    console.print(supervision.STOPPED)
+
+
+def _files(plan: Plan) -> list[Path]:
+    """What tells others that the cluster runs."""
+    told = [plan.state_dir / state.STATE_FILE, plan.state_dir / state.TARGETS_FILE]
+    return told if plan.ready_file is None else [*told, plan.ready_file]
 
 
 def _at_once(*_: object) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from serving.cluster.haproxy import EdgeLimits
@@ -57,6 +58,22 @@ ONE_MACHINE = {
     # HAProxy's actor starts beside engines on few processors: after Ray's 5 s, three times over, it would be killed.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
 }
+
+
+# What a proxy never carries: a cluster's own traffic on its machine.
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables that keep traffic on this machine away from the proxies that the environment names; none without one.
+
+    Python's own client, httpx and curl read them, each in its own spelling, and a proxy cannot reach this loopback.
+    """
+    if not any(name.lower() in {"http_proxy", "https_proxy", "all_proxy"} and value for name, value in environ.items()):
+        return {}
+    named = (environ.get("no_proxy") or environ.get("NO_PROXY") or "").split(",")
+    entries = list(dict.fromkeys([entry.strip() for entry in named if entry.strip()] + list(LOOPBACK)))
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(entries))
 
 
 def haproxy_threads(cores: int) -> int:

@@ -96,6 +96,25 @@ def children(root: int, proc: Path = Path("/proc")) -> frozenset[int]:
     return frozenset(found)
 
 
+def started_ticks(pid: int, proc: Path = Path("/proc")) -> int | None:
+    """When the process started, in the kernel's ticks; None where it has ended or is a zombie."""
+    try:
+        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
+
+
+def named(pids: Iterable[int], names: Collection[str], proc: Path = Path("/proc")) -> dict[int, str]:
+    """Those of the processes that run a program of one of these names, as the kernel calls it."""
+    found = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if (name := (proc / str(pid) / "comm").read_text().strip()) in names:
+                found[pid] = name
+    return found
+
+
 def end_descendants(root: int, clock: Callable[[], float] = time.monotonic) -> int:
     """SIGTERM, then SIGKILL, until `root` has no descendant; returns how many had to be killed."""
     _signal_all(descendants(root), signal.SIGTERM)

@@ -204,12 +204,18 @@ def test_loading_model_answers_503_and_ctrl_c_leaves_nothing(tmp_path: Path) -> 
     never = "task: embed\n    fake: {faults: {slow_start_s: 600}}\n    hold: {wait_s: 1}\n"
     slow.write_text(text.replace("task: embed\n", never))
     log = tmp_path / "serve.log"
+    # A proxy of the environment is for what leaves the machine: whoever connects to this one is not answered.
+    proxy = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+    proxies = {name: address for lower in ("http_proxy", "https_proxy", "all_proxy") for name in (lower, lower.upper())}
+    outside = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [GALERNE, "serve", slow, *WITH_PROMETHEUS],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
+            env=outside | proxies,
         )
     try:
         url = "http://127.0.0.1:18300"
@@ -233,6 +239,10 @@ def test_loading_model_answers_503_and_ctrl_c_leaves_nothing(tmp_path: Path) -> 
     finally:
         status = stop(process)
     assert status == 0, log.read_text()
+    with proxy:
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
     left = [p for p in caused if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert left == []
     for port in (18300, 19600):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from serving.cli import state
-from serving.cluster.environment import environment, haproxy_connections
+from serving.cluster.environment import environment, haproxy_connections, past_proxies
 from serving.cluster.haproxy import ERRORS, TCP_IDLE_S, EdgeLimits, harden, write_error_files
 from serving.cluster.processes import ENV_TAKES_TURNS, descendants, end_descendants, free_port, port_is_free
 from serving.config import GalerneConfig, ModelConfig
@@ -299,3 +299,13 @@ def test_haproxy_takes_more_connections_than_the_gateways_accept_but_no_more_tha
     assert haproxy_connections(4096, 1_000_000) == 8192
     assert haproxy_connections(100, 1_000_000) == 4096
     assert haproxy_connections(4096, 4096) == 1536
+
+
+def test_traffic_on_the_machine_goes_past_every_proxy() -> None:
+    assert past_proxies({"NO_PROXY": "corp.example"}) == {}
+    assert past_proxies({"HTTP_PROXY": "", "https_proxy": ""}) == {}
+    for name in ("HTTP_PROXY", "https_proxy", "ALL_PROXY"):
+        found = past_proxies({name: "http://proxy.example:3128"})
+        assert found == {"no_proxy": "127.0.0.1,localhost,::1", "NO_PROXY": "127.0.0.1,localhost,::1"}
+    named = {"HTTP_PROXY": "http://proxy.example:3128", "NO_PROXY": "corp.example, localhost"}
+    assert past_proxies(named)["no_proxy"] == "corp.example,localhost,127.0.0.1,::1"
