@@ -7,8 +7,8 @@ TORCH_FIND_LINKS ?=
 WHEELS ?=
 PYTHON_VERSION := 3.11
 CONFIG ?= demo
-# Another port than the configuration's.
-PORT ?=
+# Another port than the configuration's; said on the command line, because many environments have a PORT for something else.
+PORT :=
 # WITH_PROMETHEUS=1: Prometheus beside the cluster.
 WITH_PROMETHEUS ?=
 PYTEST_ARGS ?=
