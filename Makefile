@@ -28,8 +28,8 @@ endif
 # A proxy is for what leaves the machine: tests and load tests speak to servers of their own.
 export NO_PROXY := $(or $(NO_PROXY),$(no_proxy))$(and $(or $(NO_PROXY),$(no_proxy)),$(comma))127.0.0.1,localhost,::1
 export no_proxy := $(NO_PROXY)
-# A virtual environment of somebody else must not receive our packages.
-unexport VIRTUAL_ENV
+# A virtual environment of somebody else must not receive our packages, nor lend us its own.
+unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 # Engines import thousands of modules in several processes: byte code is compiled once, not by each.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -122,6 +122,7 @@ check: install ## format, lint, types, import layers, locks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy setup/preflight.py setup/packages.py
 	$(BIN)/lint-imports
 	$(BIN)/python -m helm.tools.generate --check
 	@$(MAKE) --no-print-directory lock-check

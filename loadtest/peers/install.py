@@ -1,7 +1,7 @@
 """A peer's own environment: made once, with its dependencies resolved there, never in the product's.
 
-Wheels that are not on the package index (PyTorch's CPU builds, in some places) are looked for where UV_FIND_LINKS or
-PIP_FIND_LINKS says.
+PyTorch's builds for processors, which are on no default index, are looked for where UV_FIND_LINKS or PIP_FIND_LINKS
+says, else on PyTorch's own page, which uv knows.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ _TIMEOUT_S = 900
 _SHOWN_LINES = 8
 # uv's list has commas, pip's has blanks.
 _UV_LINKS, _PIP_LINKS = "UV_FIND_LINKS", "PIP_FIND_LINKS"
+# What such a build's version ends with, and uv's switch for the page that has it. The switch moves other packages to
+# that page as well, so it is on for these builds alone, which come first.
+_OWN_BUILD, _OWN_PAGE = "+cpu", {"UV_TORCH_BACKEND": "cpu"}
 # Written last: an environment without it was cut off half way.
 _COMPLETE = ".complete"
 _OWN_UV = Path(__file__).resolve().parents[2] / ".tools" / "bin" / "uv"
@@ -50,9 +53,18 @@ def installed(peer: Peer, folder: Path) -> Path:
         overrides = home / "overrides.txt"
         overrides.write_text("\n".join(wanted.overrides) + "\n", encoding="utf-8")
         install += ["--override", str(overrides)]
-    _run(peer, [*install, *wanted.requirements])
+    for requirements, more in steps(wanted.requirements, os.environ):
+        _run(peer, [*install, *requirements], more)
     (home / _COMPLETE).touch()
     return programs
+
+
+def steps(requirements: Sequence[str], environ: Mapping[str, str]) -> list[tuple[Sequence[str], Mapping[str, str]]]:
+    """What is installed one after the other, each with more variables for uv."""
+    builds = [requirement for requirement in requirements if requirement.endswith(_OWN_BUILD)]
+    if not builds or _UV_LINKS in environment(environ):
+        return [(requirements, {})]
+    return [(builds, _OWN_PAGE), (requirements, {})]
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -61,11 +73,16 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {**environ, **({_UV_LINKS: links} if links else {})}
 
 
-def _run(peer: Peer, command: Sequence[str]) -> None:
+def _run(peer: Peer, command: Sequence[str], more: Mapping[str, str] | None = None) -> None:
     try:
         # A fixed program with a catalogue's words.
         ended = subprocess.run(  # noqa: S603
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment(os.environ)
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            env=environment(os.environ) | dict(more or {}),
         )
     except subprocess.TimeoutExpired:
         raise LoadtestError(f"{peer.name}: not installed after {_TIMEOUT_S} s") from None

@@ -19,7 +19,7 @@ from loadtest.comparison import DIRECT, GALERNE, Plan, Row, bring_up, measure_al
 from loadtest.errors import LoadtestError
 from loadtest.overhead import loads_of
 from loadtest.peers.catalogue import PEERS
-from loadtest.peers.install import environment, installed
+from loadtest.peers.install import environment, installed, steps
 from loadtest.peers.peer import PORTS, Engine, Environment, Launch, Peer, Recipe
 from loadtest.peers.programs import ray_serve_llm as program
 from loadtest.peers.running import started
@@ -121,6 +121,13 @@ def test_uv_is_told_where_pip_finds_wheels() -> None:
     assert environment({"PIP_FIND_LINKS": "/one /two"})["UV_FIND_LINKS"] == "/one,/two"
     assert environment({"PIP_FIND_LINKS": "/one", "UV_FIND_LINKS": "/mine"})["UV_FIND_LINKS"] == "/mine"
     assert "UV_FIND_LINKS" not in environment({})
+
+
+def test_a_build_for_processors_comes_from_its_own_page_where_no_directory_was_named() -> None:
+    wanted = ("ray==2.60.0", "torch==2.13.0+cpu")
+    assert steps(wanted, {"PIP_FIND_LINKS": "/wheels"}) == [(wanted, {})]
+    assert steps(wanted[:1], {}) == [(wanted[:1], {})]
+    assert steps(wanted, {}) == [(["torch==2.13.0+cpu"], {"UV_TORCH_BACKEND": "cpu"}), (wanted, {})]
 
 
 PROGRAM = """
