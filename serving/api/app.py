@@ -21,12 +21,13 @@ import structlog
 
 from serving import tracing
 from serving.admission import bounds, normal, output_default, quotas
+from serving.admission.complaints import missing
 from serving.admission.fair_share import FairShare, Holding
 from serving.admission.holds import Hold
 from serving.admission.shared_service import SharedService
 from serving.admission.shedding import Bounds, Shedder
 from serving.admission.vocabulary import Vocabularies
-from serving.api import cors, loop_lag, openapi, routes
+from serving.api import cors, loop_lag, openapi, routes, tokenizer_info
 from serving.api.auth import Door, Identity
 from serving.api.auth.denials import DENIALS, Denials
 from serving.api.billing import Billing, NoLedger
@@ -130,6 +131,9 @@ class Gateway:
         self.health = Health(config.models, clock, metrics, lambda model, out: self.hold[model].ejected(out))
         faults = config.gateway.faults
         heard_for_s = PROBES_HEARD * faults.probe_interval_s
+        self._tokenizer_info = tokenizer_info.TokenizerInfo(
+            self._pool, self.replicas, self.health, engine_token=engine_token
+        )
         self._watch = Watch(
             self._pool,
             self.health,
@@ -349,7 +353,7 @@ class Gateway:
     async def _relayed(self, call: Call, route: routes.EngineRoute, identity: Identity, holding: Holding) -> int:
         limits = identity.limits or self._limits
         body = await self._read(call, limits.body_bytes, holding)
-        facts = bounds.read(route.kind, body, limits)
+        facts = bounds.read(route.kind, body, limits, None if route.computes else self._catalogue.only(identity))
         body = normal.applied(body, facts)
         if facts.left_out:
             call.extra.append((LEFT_OUT_HEADER, normal.named(facts.left_out).encode()))
@@ -477,6 +481,8 @@ class Gateway:
         path = call.path
         if path == routes.USAGE:
             return await self._used(call, identity)
+        if path == routes.TOKENIZER_INFO:
+            return await self._tell_tokenizer(call, identity)
         if path == routes.MODELS:
             identity.require("models")
             content: dict[str, Any] = self._catalogue.listing(identity)
@@ -494,6 +500,17 @@ class Gateway:
         call.route = routes.label(path)
         call.takes(routes.methods(path))
         return await call.answer_json(200, content)
+
+    async def _tell_tokenizer(self, call: Call, identity: Identity) -> int:
+        call.route = routes.TOKENIZER_INFO
+        identity.require("inference")
+        call.takes(routes.methods(routes.TOKENIZER_INFO))
+        name = tokenizer_info.asked_model(call.scope["query_string"]) or self._catalogue.only(identity)
+        if name is None:
+            raise missing("model")
+        model = self._catalogue.model(name, identity)
+        call.model = model.id
+        return await call.answer_json(200, await self._tokenizer_info.of(model.id))
 
     async def _used(self, call: Call, identity: Identity) -> int:
         call.route = routes.USAGE

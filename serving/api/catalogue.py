@@ -25,6 +25,11 @@ class Catalogue:
         """Ids of the models and adapters this identity may use, in the configuration's order."""
         return [m for m in self._named if identity.models is None or m in identity.models]
 
+    def only(self, identity: Identity) -> str | None:
+        """The one model or adapter this identity may use: what it means where it names none; None: it has several."""
+        allowed = self.allowed(identity)
+        return allowed[0] if len(allowed) == 1 else None
+
     def model(self, model_id: str, identity: Identity) -> ModelConfig:
         """The model that serves this id, its own or an adapter's; raises NotFound naming those that may be used.
 

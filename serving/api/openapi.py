@@ -90,6 +90,11 @@ def document() -> dict[str, Any]:
     paths: dict[str, Any] = {path: {"post": _relayed(route)} for path, route in routes.RELAYED.items()}
     paths |= {path: {"get": _operation(summary)} for path, summary in _OWN.items()}
     paths[routes.USAGE] = {"get": _usage()}
+    told = _operation(
+        "A model's tokenizer, as vLLM tells of it.", {400: "The key has several models and none is named."}
+    )
+    told["parameters"] = [_parameter("model", "Absent: the key's only model.", {"type": "string", "minLength": 1})]
+    paths[routes.TOKENIZER_INFO] = {"get": told}
     one = _operation("One model; an id may hold a slash.")
     one["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
     paths[routes.MODEL_PREFIX + "{id}"] = {"get": one}

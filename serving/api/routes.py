@@ -58,13 +58,15 @@ READY = "/health/ready"
 HEALTH = "/health"
 PING = "/ping"
 VERSION = "/version"
+# A model's tokenizer, as vLLM tells of it; one of the model's replicas is asked.
+TOKENIZER_INFO = "/tokenizer_info"
 # What the key's own tenant used.
 USAGE = "/v1/usage"
 # For administrators, by POST: which replica a request would go to, and why.
 EXPLAIN = "/ops/route"
 OPENAPI = "/v1/openapi.json"
 # Answered by the gateway itself, by GET.
-OWN: frozenset[str] = frozenset({MODELS, LIVE, READY, HEALTH, PING, VERSION, OPENAPI, USAGE})
+OWN: frozenset[str] = frozenset({MODELS, LIVE, READY, HEALTH, PING, VERSION, OPENAPI, TOKENIZER_INFO, USAGE})
 # Answered without a key.
 PROBES: frozenset[str] = frozenset({LIVE, READY, HEALTH, PING})
 

@@ -141,6 +141,7 @@ def engine_arguments(model: ModelConfig, weights: Path, *, gpu: bool) -> dict[st
         "disable_uvicorn_access_log": True,
         "enable_request_id_headers": False,
         "enable_prompt_tokens_details": True,  # cached tokens in `usage`
+        "enable_tokenizer_info_endpoint": True,  # the gateway tells of it what is not of this machine
     }
     if model.task == "embed":
         safe["runner"] = "pooling"

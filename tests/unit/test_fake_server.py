@@ -297,6 +297,32 @@ def test_responses_whole_and_as_numbered_events(fast: Server, sdk: openai.OpenAI
     assert events[-1].response.output_text == whole.output_text
 
 
+def test_responses_call_functions(fast: Server, sdk: openai.OpenAI) -> None:
+    tools: list[Any] = [{"type": "function", **TOOLS[0]["function"]}, {"type": "web_search"}]  # type: ignore[dict-item]
+    asked: list[Any] = [{"role": "user", "content": [{"type": "input_text", "text": "Call tide for Brest."}]}]
+    (call,) = sdk.responses.create(model=MODEL, input=asked, tools=tools).output
+    named = sdk.responses.create(
+        model=MODEL, input="Hi", tools=tools, tool_choice={"type": "function", "name": "tide"}
+    ).output
+    with sdk.responses.stream(model=MODEL, input=asked, tools=tools) as stream:
+        events = list(stream)
+        (streamed,) = stream.get_final_response().output
+    assert call.type == named[0].type == streamed.type == "function_call"
+    jsonschema.validate(json.loads(call.arguments), TOOLS[0]["function"]["parameters"])
+    assert (call.name, streamed.name, streamed.arguments) == ("tide", "tide", call.arguments)
+    assert [e.type for e in events if e.type != "response.function_call_arguments.delta"] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "High at noon."}
+    after = sdk.responses.create(model=MODEL, input=[*asked, call.model_dump(), result], tools=tools)
+    assert after.output_text
+
+
 def test_embeddings_in_both_encodings_and_sizes() -> None:
     with serve("embed", **FAST) as server, client(server) as sdk:
         plain = sdk.embeddings.create(model=MODEL, input=["ebb", "flow"], encoding_format="float")

@@ -146,6 +146,7 @@ class FakeApp:
             "/v1/models": self._models,
             "/version": self._version,
             "/load": self._server_load,
+            "/tokenizer_info": self._tokenizer_info,
         }
         answer = answers.get(exchange.path)
         if answer is None:
@@ -165,6 +166,9 @@ class FakeApp:
 
     async def _server_load(self, exchange: Exchange) -> None:
         await exchange.json({"server_load": self._load})
+
+    async def _tokenizer_info(self, exchange: Exchange) -> None:
+        await exchange.json(text.TOKENIZER_INFO)
 
     async def _models(self, exchange: Exchange) -> None:
         permission = {

@@ -98,6 +98,8 @@ class ResponsesRequest(Request, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     metadata: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
 
 
 class EmbeddingRequest(Request, kw_only=True):

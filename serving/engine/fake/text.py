@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, with the fake engine's own tokens."""
+"""/tokenize, /detokenize and /tokenizer_info, with the fake engine's own tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from serving.engine.fake import plan, tokens
 from serving.engine.fake.engine import Engine
 from serving.engine.fake.exchange import Exchange
 from serving.engine.fake.protocol import DetokenizeRequest, RefusalError, TokenizeRequest, parse
+
+# The answer to GET /tokenizer_info. Control tokens have no text: no prompt can hold one.
+TOKENIZER_INFO = {"tokenizer_class": "FakeTokenizer", "bos_token": None, "eos_token": None, "name_or_path": "/fake"}
 
 
 async def tokenize(engine: Engine, exchange: Exchange) -> None:
