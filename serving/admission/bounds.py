@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import msgspec
 
-from serving.admission import content, json_shape, shapes
+from serving.admission import constraints, content, json_shape, shapes
 from serving.admission.complaints import above, decode, is_given, missing, too_long, too_many, unsupported
 from serving.admission.content import Prompts
 from serving.config import LimitsConfig
@@ -53,6 +53,8 @@ class RequestFacts:
     has its answers. `token_ids`: how many the prompts hold. `token_id_uses`: of each field that names token
     ids the greatest. `left_out`: number and type of tools that the engine does not get. `unreadable`: tool calls have
     arguments that no engine reads.
+    `schema_states`: what is compiled before anything is computed (serving.admission.schema_cost).
+    `prompt_logprobs`: whether the engine computes log probabilities of the prompt's tokens too.
     """
 
     model: str
@@ -66,6 +68,8 @@ class RequestFacts:
     token_id_uses: tuple[tuple[str, int], ...] = ()
     left_out: tuple[tuple[int, str], ...] = ()
     unreadable: bool = False
+    schema_states: int = 0
+    prompt_logprobs: bool = False
 
     @property
     def sequences(self) -> int:
@@ -90,8 +94,6 @@ _PROMPT_FIELDS: Final[dict[BodyKind, str]] = {
     BodyKind.DETOKENIZE: "tokens",
 }
 _logit_bias = msgspec.json.Decoder(dict[str, shapes.Bias])
-_structured_outputs = msgspec.json.Decoder(shapes.StructuredOutputs)
-_string = msgspec.json.Decoder(str)
 _TOKEN_ID: Final = re.compile(r"[0-9]{1,10}")
 
 # vLLM's own default for /v1/completions.
@@ -124,16 +126,6 @@ _RESPONSES_REFUSED: Final[dict[str, str]] = {
     "conversation": _STATELESS,
     "prompt": "prompt templates are not stored here",
 }
-# JSON schemas, grammars and the like, as they are compiled by the engine.
-_SCHEMAS = (
-    "response_format",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "tool_choice",
-)
 _SCORE_PAIRS = (("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documents"), ("queries", "items"))
 
 
@@ -167,6 +159,8 @@ def read(kind: BodyKind, body: bytes, limits: LimitsConfig, only_model: str | No
         token_id_uses=tuple(uses),
         left_out=prompts.left_out,
         unreadable=prompts.unreadable,
+        schema_states=constraints.states(found, limits) if isinstance(found, shapes.Generation) else 0,
+        prompt_logprobs=_prompt_logprobs(found, prompts, limits),
     )
 
 
@@ -255,7 +249,6 @@ def _responses(found: shapes.Responses, limits: LimitsConfig) -> Prompts:
     for name in ("background", "store"):
         if getattr(found, name):
             raise unsupported(name, "responses are not stored; leave it out or send false")
-    _schema("text", found.text, limits)
     turns = content.responses_input(found.input, limits)
     tools = content.tools(found.tools, found.tool_choice, content.FUNCTIONS_AND_NAMESPACES, limits)
     return Prompts(
@@ -322,23 +315,14 @@ def _generation(found: shapes.Generation, limits: LimitsConfig) -> list[tuple[st
         ("min_tokens", 0, output_tokens),
         ("thinking_token_budget", -1, output_tokens),
         ("top_logprobs", 0, limits.logprobs),
-        # Each of them costs a row over the whole vocabulary for every token of the prompt.
-        ("prompt_logprobs", 0, 0),
+        ("prompt_logprobs", 0, limits.logprobs),
     ):
         _within(name, getattr(found, name), least, most)
     if isinstance(found, shapes.Completion):
         _within("logprobs", found.logprobs, 0, limits.logprobs)
     _strings("stop", [found.stop] if isinstance(found.stop, str) else found.stop, limits)
     _strings("bad_words", found.bad_words, limits)
-    uses = _token_ids(found, limits)
-    for name in _SCHEMAS:
-        _schema(name, getattr(found, name), limits)
-    if is_given(found.structured_outputs):
-        outputs = decode(_structured_outputs, found.structured_outputs, "structured_outputs")
-        content.json_in_string(outputs.structural_tag, "structured_outputs.structural_tag", limits)
-        if bytes(outputs.json)[:1] == b'"':
-            content.json_in_string(decode(_string, outputs.json), "structured_outputs.json", limits)
-    return uses
+    return _token_ids(found, limits)
 
 
 def _token_ids(found: shapes.Generation, limits: LimitsConfig) -> list[tuple[str, int]]:
@@ -374,6 +358,34 @@ def _token_id(key: str) -> int:
     return int(key)
 
 
+def _prompt_logprobs(found: shapes.AnyBody, prompts: Prompts, limits: LimitsConfig) -> bool:
+    """Whether the engine computes log probabilities of the prompt, which costs it a row over the whole vocabulary and
+    an object for each alternative at every token; raises BadRequest where they are too many.
+
+    `echo` asks for them too: in a chat always, in a completion with `logprobs`, be it 0.
+    """
+    if not isinstance(found, shapes.Chat | shapes.Completion):
+        return False
+    alternatives, param = found.prompt_logprobs, "prompt_logprobs"
+    if alternatives is None and found.echo:
+        alternatives = (found.top_logprobs or 0) if isinstance(found, shapes.Chat) else found.logprobs
+        param = "top_logprobs" if isinstance(found, shapes.Chat) else "logprobs"
+    if alternatives is None:
+        return False
+    # No tokenizer makes more than a token of a byte. An engine of its own answers each of `n`.
+    tokens = prompts.token_ids or prompts.size_bytes
+    entries = tokens * (alternatives + 1) * (found.n or 1)
+    if entries > limits.prompt_logprobs:
+        raise BadRequest(
+            f"Invalid '{param}': log probabilities of the prompt are asked for, {entries} of them (tokens, or bytes of "
+            f"text, times alternatives and one more, times n), where {limits.prompt_logprobs} are allowed. "
+            "Send less, or fewer alternatives.",
+            code="integer_above_max_value",
+            param=param,
+        )
+    return True
+
+
 def _within(name: str, value: int | None, least: int, most: int) -> None:
     if value is None:
         return
@@ -395,8 +407,3 @@ def _strings(name: str, values: list[str] | None, limits: LimitsConfig) -> None:
     for i, value in enumerate(values):
         if (size := content.utf8_bytes(value)) > limits.stop_bytes:
             raise too_long(f"{name}[{i}]", limits.stop_bytes, size)
-
-
-def _schema(name: str, raw: msgspec.Raw, limits: LimitsConfig) -> None:
-    if (size := len(bytes(raw))) > limits.schema_bytes:
-        raise too_long(name, limits.schema_bytes, size)

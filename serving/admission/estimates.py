@@ -46,13 +46,16 @@ class Cost:
     """What a request is expected to take: tokens read and written, and sequences that run beside each other.
 
     `stated_tokens`: what the request says itself, whatever is expected: the ids of its prompt, its text at the fewest
-    tokens that it can be, and max_tokens for each answer where it names them.
+    tokens that it can be, and max_tokens for each answer where it names them. `beside_tokens`: what else the engine
+    computes for it, as if so many tokens more were read: a schema it compiles, log probabilities of the prompt. They
+    are part of `input_tokens` and `stated_tokens`.
     """
 
     input_tokens: float
     output_tokens: float
     sequences: int
     stated_tokens: int = 0
+    beside_tokens: int = 0
 
 
 FREE = Cost(0.0, 0.0, 0)
@@ -129,7 +132,13 @@ class TokenEstimates:
             stated += most * sequences
         # Ids are the whole prompt: no template comes before them.
         read = ids + known.prompts.tokens(0 if ids else facts.prompts, text_bytes)
-        return Cost(read, output * sequences, sequences, stated)
+        # A wide state takes about as long to compile as a token takes to compute; a prompt token with log probabilities
+        # as a token that is written, for the head over the vocabulary is computed for it.
+        beside = facts.schema_states + (math.ceil(read) * facts.n if facts.prompt_logprobs else 0)
+        known_beside = (
+            facts.schema_states + (ids + math.floor(text_bytes / MOST_BYTES)) * facts.n * facts.prompt_logprobs
+        )
+        return Cost(read + beside, output * sequences, sequences, stated + known_beside, beside)
 
     def learn(self, tenant: str, facts: RequestFacts, usage: Usage) -> None:
         """Take what the engine counted of a request that was completed."""

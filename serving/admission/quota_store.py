@@ -38,12 +38,16 @@ CONCURRENT_WAIT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request asks for: `lease` names it among all requests there ever were, `tokens` is what is reserved."""
+    """What a request asks for: `lease` names it among all requests there ever were, `tokens` is what is reserved.
+
+    `beside_tokens` is charged beside what its row says, where that says anything (serving.admission.estimates.Cost).
+    """
 
     tenant: str
     quota: QuotaConfig
     lease: str
     tokens: int
+    beside_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

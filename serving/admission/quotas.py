@@ -136,7 +136,7 @@ class Quotas:
         quota = self._limited.get(tenant)
         if quota is None:
             return None
-        charge = await self._reserve(Demand(tenant, quota, lease, reserved(cost, quota)))
+        charge = await self._reserve(Demand(tenant, quota, lease, reserved(cost, quota), cost.beside_tokens))
         if charge.store is None:
             return charge
         quota, verdict = charge.demand.quota, charge.verdict
@@ -157,9 +157,14 @@ class Quotas:
             self._beside(self._release(charge.store, charge.demand))
 
     def settle(self, charge: Charge, row: Billed) -> None:
-        """A request has its row: charge what it says. Returns at once; a shared store is told in the background."""
+        """A request has its row: charge what it says, and what was computed beside.
+
+        Returns at once; a shared store is told in the background.
+        """
         self._let_go(charge)
         used, refund = row.prompt_tokens + row.completion_tokens, row.outcome in {"rejected", "failed"}
+        if used:
+            used += charge.demand.beside_tokens
         if self._shared is None and charge.store is not None:
             # In this process it is one step, also while the gateway closes.
             self._memory.charge(charge.demand, charge.verdict, used, refund=refund)

@@ -80,10 +80,14 @@ class RepetitionDetection(Wire):
 
 
 class StructuredOutputs(Wire):
-    """The two forms that hold JSON inside a JSON string, which the engine parses again."""
+    """What may constrain an answer; `json` and `structural_tag` may be JSON inside a JSON string."""
 
     json: Raw = ABSENT
     structural_tag: str | None = None
+    regex: str | None = None
+    whitespace_pattern: str | None = None
+    grammar: str | None = None
+    choice: list[str] | None = None
 
 
 class Generation(Common):

@@ -1,8 +1,8 @@
 """The process that Ray starts in HAProxy's place and takes for it: it starts HAProxy, and keeps it.
 
-Promises: a HAProxy that dies, or answers nobody any more, is started again at once with the same configuration, and Ray
-does not notice. The death of Ray's actor ends no connection: HAProxy goes on, and the actor's successor takes its
-listeners over. When Ray's node is gone, HAProxy goes too.
+Promises: a HAProxy that is killed, or answers nobody any more, is started again at once with the same configuration,
+and Ray does not notice. The death of Ray's actor ends no connection: HAProxy goes on, and the actor's successor takes
+its listeners over. When Ray's node is gone, HAProxy goes too.
 
 Ray knows this process's id and looks for it at the admin socket, so that socket is ours: what is asked there is handed
 to HAProxy's own socket beside it, and HAProxy's id in the answer is replaced by this one. Of several generations, which
@@ -46,8 +46,8 @@ COMMAND_BYTES = 65536
 PROBE_S = 2.0
 PROBES = 3
 NODE_POLL_S = 0.2
-# What still runs when Ray's node has gone; gateways go with the node.
-GONE_S = 10.0
+# What still runs when Ray's node has gone: longer than `galerne serve` leaves to answers under way, in that case.
+GONE_S = 30.0
 # HAProxy that ends so often in so short a time will not stay: then Ray decides.
 MOST_STARTS, STARTS_WITHIN_S = 5, 10.0
 SIGNALLED = 128
@@ -205,8 +205,8 @@ class Keeper:
         threading.Thread(target=self._probe, daemon=True).start()
         starts = [time.monotonic()]
         while True:
-            process.wait()
-            if self._leaving is not None or not self._is_current():
+            # In good order it ends only where somebody told it to.
+            if process.wait() == 0 or self._leaving is not None or not self._is_current():
                 return _status(process)
             starts = [moment for moment in starts if moment > time.monotonic() - STARTS_WITHIN_S]
             if len(starts) >= MOST_STARTS:

@@ -32,6 +32,12 @@ class LimitsConfig(Frozen):
     messages: PositiveInt = 2048
     tools: PositiveInt = 128
     schema_bytes: PositiveInt = 64 * 1024
+    # What all schemas, patterns and grammars of one request may cost the engine to compile: wide states, of which each
+    # takes about 10 ms of one core with a vocabulary of 50,000. A string of any `maxLength` has 256 at most.
+    schema_states: PositiveInt = 512
+    # Log probabilities of a prompt: tokens times alternatives (and the token itself) times n. Each takes some 500 bytes
+    # of the engine's front while the answer is written.
+    prompt_logprobs: PositiveInt = 256 * 1024
 
 
 class TenantLimitsConfig(Frozen):
@@ -53,6 +59,8 @@ class TenantLimitsConfig(Frozen):
     messages: PositiveInt | None = None
     tools: PositiveInt | None = None
     schema_bytes: PositiveInt | None = None
+    schema_states: PositiveInt | None = None
+    prompt_logprobs: PositiveInt | None = None
 
     def given(self) -> dict[str, int]:
         """The bounds that are the tenant's own."""

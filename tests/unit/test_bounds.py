@@ -159,7 +159,7 @@ INTEGERS: list[tuple[str, int, int]] = [
     ("min_tokens", 0, OUTPUT_TOKENS),
     ("thinking_token_budget", -1, OUTPUT_TOKENS),
     ("top_logprobs", 0, LIMITS.logprobs),
-    ("prompt_logprobs", 0, 0),
+    ("prompt_logprobs", 0, LIMITS.logprobs),
     ("top_k", -1, 2**31 - 1),
     ("seed", -(2**63), 2**63 - 1),
     ("truncate_prompt_tokens", -1, 2**31 - 1),
@@ -476,3 +476,38 @@ def test_without_a_limit_an_answer_may_be_as_long_as_the_model_has_room(kind: Bo
         body = json.dumps(BASE[kind] | {name: most}).encode()
         assert read(kind, body, LimitsConfig()).max_output_tokens == most
     assert refusal(kind, {name: 2**31}, LimitsConfig()).param == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "computed"),
+    [
+        (BodyKind.COMPLETION, {"echo": True}, False),
+        (BodyKind.COMPLETION, {"logprobs": 5}, False),
+        (BodyKind.COMPLETION, {"echo": True, "logprobs": 0}, True),
+        (BodyKind.COMPLETION, {"prompt": [1] * 131072, "echo": True, "logprobs": 1, "max_tokens": 0}, True),
+        (BodyKind.COMPLETION, {"prompt_logprobs": 0}, True),
+        (BodyKind.CHAT, {"echo": True}, True),
+        (BodyKind.CHAT, {"logprobs": True, "top_logprobs": 5}, False),
+        (BodyKind.CHAT, {"prompt_logprobs": 20}, True),
+    ],
+)
+def test_what_has_the_prompts_log_probabilities_computed(
+    kind: BodyKind, fields: dict[str, Any], computed: bool
+) -> None:
+    assert facts(kind, **fields).prompt_logprobs is computed
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "param"),
+    [
+        (BodyKind.COMPLETION, {"prompt": [1] * 131072, "echo": True, "logprobs": 2}, "logprobs"),
+        (BodyKind.COMPLETION, {"prompt": [[1] * 60000] * 2, "echo": True, "logprobs": 2}, "logprobs"),
+        (BodyKind.COMPLETION, {"prompt": [1] * 20000, "echo": True, "logprobs": 1, "n": 8}, "logprobs"),
+        (BodyKind.COMPLETION, {"prompt": "x" * 100_000, "prompt_logprobs": 20}, "prompt_logprobs"),
+        (BodyKind.CHAT, {"messages": [{"role": "user", "content": "x" * 300_000}], "echo": True}, "top_logprobs"),
+    ],
+)
+def test_log_probabilities_of_a_prompt_are_bounded_by_their_number(
+    kind: BodyKind, fields: dict[str, Any], param: str
+) -> None:
+    assert refusal(kind, fields).param == param

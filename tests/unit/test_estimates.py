@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -220,3 +221,13 @@ async def test_what_is_only_expected_to_be_too_large_waits_for_its_minute() -> N
         named = await made.http.post(COMPLETIONS, headers=OTHER, json=CHAT | {"max_tokens": 1000})
         assert "Request too large" in named.json()["error"]["message"]
         assert named.headers["x-should-retry"] == "false"
+
+
+def test_what_is_computed_without_a_token_is_expected_too() -> None:
+    ids = RequestFacts("m", False, False, 400, 0, 2, token_ids=100)
+    plain = TokenEstimates().cost("t", ids, 0)
+    scored = TokenEstimates().cost("t", replace(ids, prompt_logprobs=True), 0)
+    # The head over the vocabulary for each token of the prompt, and for each of two answers.
+    assert (scored.beside_tokens, scored.input_tokens, scored.stated_tokens) == (200, plain.input_tokens + 200, 300)
+    compiled = TokenEstimates().cost("t", replace(ids, schema_states=40), 0)
+    assert (compiled.beside_tokens, compiled.input_tokens, compiled.stated_tokens) == (40, 140, 140)

@@ -210,6 +210,17 @@ def test_a_killed_haproxy_is_back_and_ray_does_not_notice(door: Door) -> None:
     assert rest(door.begin()).endswith(b"begunend")
 
 
+def test_a_haproxy_that_is_told_to_end_ends_with_its_streams(door: Door) -> None:
+    door.start()
+    client = door.begin()
+    os.kill(door.haproxy, signal.SIGUSR1)
+    until(lambda: not door.opens())
+    door.stream.end.set()
+    assert rest(client).endswith(b"begunend")
+    assert door.started[0].wait(WAIT_S) == 0
+    assert not door.opens()
+
+
 def test_haproxys_socket_asks_for_its_user(door: Door) -> None:
     door.start()
     for name in ("admin.sock", "own.sock"):
