@@ -33,7 +33,6 @@ from serving.config.limits import LimitsConfig, TenantLimitsConfig
 from serving.config.listen import GatewayConfig, GatewayReplicasConfig, ListenConfig
 from serving.config.live import Source
 from serving.config.models import (
-    RESERVED_ENGINE_ARGS,
     SOURCE_SCHEMES,
     HoldConfig,
     ModelConfig,
@@ -61,7 +60,6 @@ __all__ = [
     "MODEL_ID",
     "NAME",
     "PRIORITIES",
-    "RESERVED_ENGINE_ARGS",
     "SCOPES",
     "SHA256",
     "SOURCE_SCHEMES",

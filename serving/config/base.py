@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
 
 NAME = r"^[a-z0-9]([a-z0-9\-]{0,61}[a-z0-9])?$"
 SHA256 = r"^[0-9a-f]{64}$"
@@ -41,3 +42,14 @@ class Frozen(BaseModel):
     """Base of every configuration model: immutable, unknown fields refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML's `yes` is true, which pydantic would take for 1.
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            kinds = set(get_args(annotation)) or {annotation}
+            if kinds & {int, float} and not kinds & {bool, Any}:
+                raise PydanticKnownError("int_type" if int in kinds else "float_type")
+        return value

@@ -11,13 +11,16 @@ from serving.config.cors import CorsConfig
 from serving.config.faults import GatewayFaultsConfig
 from serving.config.keys import Networks
 
+# IPv4 and names, or IPv6 without a zone.
+HOST = r"^([A-Za-z0-9]([A-Za-z0-9.\-]*[A-Za-z0-9])?|[0-9A-Fa-f:.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)$"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class ListenConfig(Frozen):
     """Where clients connect. Loopback by default: exposing a cluster is a decision."""
 
-    host: str = "127.0.0.1"
+    # An address or a host's name: it becomes part of a line of HAProxy's configuration.
+    host: Annotated[str, Field(pattern=HOST, max_length=253)] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     # Proxies of yours in front (ingress, load balancer): what they say of a client's address is believed.
     trusted_proxies: Networks = ()

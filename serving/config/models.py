@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from serving.config import engine_args
 from serving.config.adapters import AdapterConfig, LoraConfig
 from serving.config.autoscaling import AutoscalingConfig
 from serving.config.base import MODEL_ID, Frozen, Misplaced, PositiveInt, Seconds, known_source
@@ -14,30 +15,6 @@ from serving.config.faults import ModelFaultsConfig
 from serving.config.routing import RoutingConfig
 
 SOURCE_SCHEMES = ("path", "hf", "pypi", "random", "fake")
-
-# Engine arguments that Galerne owns: set through other fields, or never safe to hand over.
-RESERVED_ENGINE_ARGS = frozenset(
-    {
-        "model",
-        "tokenizer",
-        "served_model_name",
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "distributed_executor_backend",
-        "trust_remote_code",
-        "host",
-        "port",
-        "api_key",
-        "enable_prompt_embeds",
-        "allowed_local_media_path",
-        "worker_extension_cls",
-        "enable_lora",
-        "lora_modules",
-        "max_loras",
-        "max_cpu_loras",
-        "max_lora_rank",
-    }
-)
 
 
 class ParallelConfig(Frozen):
@@ -121,7 +98,8 @@ class ModelConfig(Frozen):
     task: Literal["generate", "embed"] = "generate"
     # A name of serving.engine.presets; "none" keeps vLLM's own defaults.
     preset: str | None = None
-    # vLLM engine arguments, as vLLM names them (AsyncEngineArgs).
+    # vLLM engine arguments, as vLLM names their fields (AsyncEngineArgs): those of serving.config.engine_args, which
+    # says why others may not be set.
     engine: dict[str, Any] = Field(default_factory=dict)
     parallel: ParallelConfig = ParallelConfig()
     replicas: ReplicasConfig = ReplicasConfig()
@@ -165,12 +143,9 @@ class ModelConfig(Frozen):
 
     @field_validator("engine")
     @classmethod
-    def _not_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if taken := sorted(RESERVED_ENGINE_ARGS & value.keys()):
-            raise ValueError(
-                f"{', '.join(taken)} cannot be set here: Galerne derives it from id, source, parallel "
-                "and resources, or keeps it off for safety"
-            )
+    def _settable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if found := list(engine_args.problems(value)):
+            raise ValueError("; ".join(found))
         return value
 
     @property

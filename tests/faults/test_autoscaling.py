@@ -210,7 +210,7 @@ def test_a_model_that_cannot_start_is_counted_and_its_callers_hear(scaled: Scale
     answer = scaled.ask(model="broken")
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "model_not_ready"
-    assert "no_such_argument" not in answer.text
+    assert "no-such-format" not in answer.text
     until(lambda: failed_starts() >= 1, "a failed start that is counted")
     assert metric(SCALER, "galerne_replica_starts_total", model="broken", outcome="ready") == 0
 

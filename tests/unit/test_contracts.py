@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.config import FakeEngineConfig
+from serving.config import FakeEngineConfig, engine_args
 from serving.engine.fake.metrics import EngineMetrics
 from serving.engine.fake.scheduler import Scheduler
 from serving.engine.vllm_load import VllmLoad
@@ -99,6 +99,27 @@ def test_vllm_has_what_we_replace() -> None:
     assert client.count("stat_loggers: list[StatLoggerFactory] | None = None") >= 2
     assert "self.output_processor.add_request(request, prompt, parent_req, index, queue)" in client
     assert "self.output_processor.abort_requests(request_ids, internal)" in client
+
+
+def test_every_argument_of_vllm_is_allowed_or_refused_with_a_reason() -> None:
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("vLLM is not installed")
+    root = Path(spec.origin).parent
+    known: set[str] = set()
+    for path, classes in (
+        ("engine/arg_utils.py", {"EngineArgs", "AsyncEngineArgs"}),
+        ("entrypoints/launchers/cli_args.py", {"BaseFrontendArgs", "FrontendArgs"}),
+    ):
+        for node in ast.parse((root / path).read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name in classes:
+                known |= {
+                    n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+                }
+    known = {name for name in known if not name.startswith("_")}
+    assert len(known) > 200
+    assert known == engine_args.ALLOWED | engine_args.REFUSED.keys()
+    assert not engine_args.ALLOWED & engine_args.REFUSED.keys()
 
 
 def test_engines_export_what_the_rules_read() -> None:
