@@ -21,7 +21,7 @@ from deployments.gateway import GatewayReplica
 from deployments.mounted import load_revision
 from serving.cluster.edge import ENV_ENGINE_TOKEN
 from serving.cluster.names import GATEWAY, deployment_name
-from serving.config import GalerneConfig, ModelConfig, PrometheusConfig, Source
+from serving.config import GalerneConfig, ModelConfig, Source
 
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 10.0
@@ -49,7 +49,16 @@ def application(config: GalerneConfig, token: str | None = None, source: Source 
     token = token or secrets.token_urlsafe(32)
     loopback = config.listen.loopback
     traces_url = None if config.tracing is None else config.tracing.traces_url
-    engines = [_engine(model, config.prometheus, token, loopback, traces_url) for model in config.models]
+    engines = [
+        _engine(
+            model,
+            scaling.of_model(model, config.prometheus, loopback=loopback, release=config.release),
+            token,
+            loopback,
+            traces_url,
+        )
+        for model in config.models
+    ]
     gateway = serve.deployment(serve.ingress()(GatewayReplica)).options(
         name=GATEWAY,
         **_replicas(scaling.of_gateway(config.gateway), config.gateway.bounds.min),
@@ -69,12 +78,12 @@ def _replicas(scaled: AutoscalingConfig | None, fixed: int) -> dict[str, Any]:
 
 
 def _engine(
-    model: ModelConfig, prometheus: PrometheusConfig | None, token: str, loopback: bool, traces_url: str | None
+    model: ModelConfig, scaled: AutoscalingConfig | None, token: str, loopback: bool, traces_url: str | None
 ) -> Application:
     gpu = uses_gpu(model)
     deployment = serve.deployment(EngineReplica).options(
         name=deployment_name(model.id),
-        **_replicas(scaling.of_model(model, prometheus, loopback=loopback), model.replicas.min),
+        **_replicas(scaled, model.replicas.min),
         placement_group_bundles=bundles(model, gpu=gpu),
         placement_group_strategy="PACK" if gpu else "STRICT_PACK",
         ray_actor_options=_actor_options(model, gpu=gpu),

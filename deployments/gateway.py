@@ -129,10 +129,11 @@ class GatewayReplica:
         return [row for rows in list(self._targets.values()) for row in rows]
 
     def _update(self, model: str, replicas: tuple[RunningReplica, ...]) -> None:
+        release = self._config.release
         if model == GATEWAYS:
             known = (r.metadata for r in replicas if HOST in r.metadata and r.metadata.get(METRICS_PORT))
             self._gateway.divide(len(replicas))
-            self._targets[model] = [targets.gateway_row(str(m[HOST]), int(m[METRICS_PORT])) for m in known]
+            self._targets[model] = [targets.gateway_row(str(m[HOST]), int(m[METRICS_PORT]), release) for m in known]
             return
         for replica in replicas:
             if START_S in replica.metadata:
@@ -142,7 +143,7 @@ class GatewayReplica:
         said = (int(replica.metadata[TOKEN_IDS]) for replica in replicas if TOKEN_IDS in replica.metadata)
         self._gateway.vocabularies.learn(model, said)
         endpoints = tuple(e for replica in replicas if (e := replica.endpoint()) is not None)
-        self._targets[model] = [targets.engine_row(e.host, e.port, model, e.replica_id) for e in endpoints]
+        self._targets[model] = [targets.engine_row(e.host, e.port, model, e.replica_id, release) for e in endpoints]
         self._gateway.update_replicas(model, endpoints)
 
     def _wake(self, model: str) -> None:

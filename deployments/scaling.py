@@ -32,7 +32,9 @@ GATEWAY_DOWN_DELAY_S = 300.0
 class ModelPolicy:
     """One model's policy in the controller: `(context) -> (replicas, state)`."""
 
-    def __init__(self, model: dict[str, Any], prometheus: dict[str, Any] | None, loopback: bool) -> None:
+    def __init__(
+        self, model: dict[str, Any], prometheus: dict[str, Any] | None, loopback: bool, release: str = ""
+    ) -> None:
         from serving.autoscaling import controller
         from serving.cluster import failed_starts
         from serving.cluster.ray import node_ip
@@ -43,6 +45,7 @@ class ModelPolicy:
             ModelConfig.model_validate(model),
             None if prometheus is None else PrometheusConfig.model_validate(prometheus),
             "127.0.0.1" if loopback else node_ip(),
+            release,
         )
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -67,8 +70,10 @@ class ModelPolicy:
         return self._scaler(view), {}
 
 
-def of_model(model: ModelConfig, prometheus: PrometheusConfig | None, *, loopback: bool) -> AutoscalingConfig | None:
-    """Serve's configuration for a model; None where the number of its replicas is fixed."""
+def of_model(
+    model: ModelConfig, prometheus: PrometheusConfig | None, *, loopback: bool, release: str = ""
+) -> AutoscalingConfig | None:
+    """Serve's configuration for a model of a release; None where the number of its replicas is fixed."""
     if model.autoscaling is None:
         return None
     policy = AutoscalingPolicy(
@@ -77,6 +82,7 @@ def of_model(model: ModelConfig, prometheus: PrometheusConfig | None, *, loopbac
             "model": model.model_dump(mode="json"),
             "prometheus": None if prometheus is None else prometheus.model_dump(mode="json"),
             "loopback": loopback,
+            "release": release,
         },
     )
     with warnings.catch_warnings():

@@ -13,7 +13,8 @@ Environment variables are not interpolated.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -24,7 +25,7 @@ from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError, SafeConstructor
 from yaml.reader import Reader
 
-from serving.config import MODEL_ID, NAME, SHA256, GalerneConfig, Misplaced
+from serving.config import ENV_RELEASE, MODEL_ID, NAME, SHA256, GalerneConfig, Misplaced
 from serving.config.live import LIVE
 from serving.errors import ConfigError
 
@@ -86,9 +87,11 @@ _YAML_HINTS: Final = {
 }
 
 
-def load(path: Path) -> GalerneConfig:
-    """The configuration in a file; raises ConfigError."""
-    return parse(_text(path), str(path))
+def load(path: Path, environment: Mapping[str, str] = os.environ) -> GalerneConfig:
+    """The configuration in a file, with the environment's name of the release where it has none; raises ConfigError."""
+    config = parse(_text(path), str(path))
+    named = environment.get(ENV_RELEASE, "")
+    return config if config.release or not named else config.model_copy(update={"release": named})
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ def filled(expr: str, values: Mapping[str, str]) -> str:
 
 
 def _dashboard(document: dict[str, Any], range_s: int, window_s: int, values: Mapping[str, str]) -> ShownDashboard:
-    known = {v["name"]: str(v.get("allValue")) for v in document["templating"]["list"] if v["type"] == "query"}
+    known = {v["name"]: str(v.get("allValue") or "") for v in document["templating"]["list"] if v["type"] == "query"}
     known |= {"__range": f"{range_s}s", "__rate_interval": f"{window_s}s"} | dict(values)
     panels = tuple(_panels(document["panels"], known))
     return ShownDashboard(document["uid"], document["title"], panels, document)

@@ -18,6 +18,7 @@ from grafana_foundation_sdk.models import dashboard as model
 
 from helm.dashboards.panels import DATASOURCE, Dashboard, Kind, Panel, Query
 from serving.metrics.alerts import RUNBOOK
+from serving.metrics.release import LABEL, scoped
 
 TAG: Final = "galerne"
 PROMETHEUS: Final = "prometheus"
@@ -29,6 +30,10 @@ ALL: Final = "$__all"
 GREEN, RED, BLUE = "green", "red", "blue"
 # Where docs/runbook.md is published is the installation's own: the chart sets this variable.
 RUNBOOK_VARIABLE: Final = "runbook"
+
+RELEASE_VARIABLE: Final = "release"
+# On every selector of every query: what is shown is of one release.
+SHOWN_RELEASE: Final = f'{LABEL}="${RELEASE_VARIABLE}"'
 
 _Built = timeseries.Panel | stat.Panel | bargauge.Panel
 _SOURCE: Final = model.DataSourceRef(type_val=PROMETHEUS, uid=f"${{{DATASOURCE}}}")
@@ -70,6 +75,7 @@ def _variables(*, by_tenant: bool) -> list[Builder[model.VariableModel]]:
         .label("Data source")
         .description("The Prometheus that scrapes the cluster and evaluates Galerne's rules.")
         .type(PROMETHEUS),
+        _release(),
         _every("model", "Model", "galerne_replicas_ready"),
     ]
     if by_tenant:
@@ -78,13 +84,28 @@ def _variables(*, by_tenant: bool) -> list[Builder[model.VariableModel]]:
     return [*found, runbook]
 
 
+def _release() -> dashboard.QueryVariable:
+    """One, and never all: two releases may have a model of the same name. Where no series has the label it is empty."""
+    return (
+        dashboard.QueryVariable(RELEASE_VARIABLE)
+        .label("Release")
+        .description("NAMESPACE/RELEASE of the chart; None: the series have no label galerne_release.")
+        .datasource(_SOURCE)
+        .query(f"label_values(galerne_build_info, {LABEL})")
+        .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(model.VariableSort.ALPHABETICAL_ASC)
+        .multi(False)
+        .include_all(False)
+    )
+
+
 def _every(name: str, label: str, metric: str) -> dashboard.QueryVariable:
     return (
         dashboard.QueryVariable(name)
         .label(label)
         .description(f"{label}s of the configuration; All: every one.")
         .datasource(_SOURCE)
-        .query(f"label_values({metric}, {name})")
+        .query(f"label_values({scoped(metric, SHOWN_RELEASE)}, {name})")
         .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(model.VariableSort.ALPHABETICAL_ASC)
         .multi(True)
@@ -102,7 +123,7 @@ def _firing() -> dashboard.AnnotationQuery:
         .datasource(_SOURCE)
         .enable(True)
         .icon_color(RED)
-        .expr('ALERTS{alertname=~"Galerne.+", alertstate="firing"}')
+        .expr(scoped('ALERTS{alertname=~"Galerne.+", alertstate="firing"}', SHOWN_RELEASE))
     )
 
 
@@ -216,7 +237,13 @@ def _runbook(alert: str) -> dashboard.DashboardLink:
 
 
 def _target(of: Query, ref_id: str, *, over_time: bool) -> prometheus.Dataquery:
-    target = prometheus.Dataquery().expr(of.expr).legend_format(of.legend).ref_id(ref_id).datasource(_SOURCE)
+    target = (
+        prometheus.Dataquery()
+        .expr(scoped(of.expr, SHOWN_RELEASE))
+        .legend_format(of.legend)
+        .ref_id(ref_id)
+        .datasource(_SOURCE)
+    )
     return target.range() if over_time else target.instant()
 
 

@@ -15,7 +15,7 @@ from prometheus_client import start_http_server
 
 from serving.autoscaling.external import ExternalReader
 from serving.autoscaling.live import ModelScaler, Read
-from serving.autoscaling.signals import SignalReader
+from serving.autoscaling.signals import SignalReader, query_of
 from serving.autoscaling.snapshot import Signal
 from serving.config import ModelConfig, PrometheusConfig
 from serving.metrics.autoscaler import AutoscalerMetrics
@@ -24,19 +24,22 @@ log = structlog.get_logger("galerne.autoscaler")
 
 _lock = threading.Lock()
 _metrics: AutoscalerMetrics | None = None
-_readers: dict[PrometheusConfig, SignalReader] = {}
+_readers: dict[tuple[PrometheusConfig, str], SignalReader] = {}
 
 
-def scaler(model: ModelConfig, prometheus: PrometheusConfig | None, metrics_host: str) -> ModelScaler:
-    """The policy of a model; without a Prometheus it knows nothing, and holds."""
+def scaler(
+    model: ModelConfig, prometheus: PrometheusConfig | None, metrics_host: str, release: str = ""
+) -> ModelScaler:
+    """The policy of a model of a release; without a Prometheus it knows nothing, and holds."""
     with _lock:
         metrics = _exported(metrics_host, None if prometheus is None else prometheus.scaler_port)
         if prometheus is None:
             log.warning("no prometheus: the scale is held", model=model.id)
             return ModelScaler(model, _nothing, metrics)
-        reader = _readers.get(prometheus)
+        reader = _readers.get((prometheus, release))
         if reader is None:
-            reader = _readers[prometheus] = SignalReader(prometheus.url, prometheus.query_timeout_s)
+            reader = SignalReader(prometheus.url, prometheus.query_timeout_s, query=query_of(release))
+            _readers[prometheus, release] = reader
         return ModelScaler(model, _read(model, prometheus, reader), metrics)
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from serving.autoscaling.snapshot import NO_SIGNAL, Signal, Snapshot
+from serving.metrics.release import matcher, scoped
 from serving.metrics.rules import SAMPLED, SCRAPE_S, SIGNALS
 
 DEFAULT_TIMEOUT_S: Final = 3.0
@@ -36,8 +37,16 @@ REFRESH_S: Final = float(SCRAPE_S)
 MAX_ANSWER_BYTES: Final = 4 * 1024 * 1024
 HTTP_OK: Final = 200
 
-# One query for everything: the rules' own names. A name that a rule does not have yet is no error.
-QUERY: Final = f'{{__name__=~"{"|".join([*(rule.record for rule in SIGNALS), SAMPLED])}"}}'
+# The rules' own names. A name that a rule does not have yet is no error.
+_RECORDS: Final = f'{{__name__=~"{"|".join([*(rule.record for rule in SIGNALS), SAMPLED])}"}}'
+
+
+def query_of(release: str) -> str:
+    """One query for everything of a release, and of no other that the same Prometheus watches; "": the unnamed one."""
+    return scoped(_RECORDS, matcher(release))
+
+
+QUERY: Final = query_of("")
 
 # (url, timeout_s) -> body of the answer; raises OSError, http.client.HTTPException or ValueError.
 Fetch = Callable[[str, float], bytes]

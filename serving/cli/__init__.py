@@ -146,11 +146,18 @@ def status(
 
 
 @app.command()
-def rules() -> None:
+def rules(
+    release: Annotated[
+        str | None,
+        typer.Option(
+            help="Those of this release alone (the label galerne_release); without: of every one, each by itself."
+        ),
+    ] = None,
+) -> None:
     """Print Prometheus' recording rules and alerts, for a Prometheus of your own."""
     from serving.metrics.prometheus import rule_file
 
-    print(rule_file(), end="")
+    print(rule_file(release), end="")
 
 
 @app.command()

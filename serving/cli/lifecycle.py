@@ -213,6 +213,7 @@ class _Session:
             models={m.id: m.task for m in plan.config.models},
             prometheus_url=measured.url if measured is not None else None,
             autoscaler_port=_autoscaler_port(plan.config),
+            release=plan.config.release,
         )
         self._announced = False
 

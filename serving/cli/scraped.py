@@ -17,6 +17,7 @@ from serving.errors import ClusterError
 from serving.metering.prometheus_counters import Counters
 from serving.metering.reconcile import Tokens
 from serving.metering.scrapes import MARGIN_S, Balance, Ran, balance
+from serving.metrics.release import matcher
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -44,12 +45,16 @@ class Comparison:
 def compare(
     url: str,
     match: str,
+    release: str | None,
     since: datetime | None,
     until: datetime | None,
     ledger: Callable[[], AbstractContextManager[Connection]],
     now_s: float,
 ) -> Comparison:
-    """Hold every replica's counters against its rows; raises ClusterError, and BadParameter for a window."""
+    """Hold every replica's counters against its rows, of one release where it is named.
+
+    Raises ClusterError, and BadParameter for a window.
+    """
     from serving.metering import store
 
     settled_s = now_s - SETTLE_S
@@ -57,7 +62,11 @@ def compare(
     from_s = until_s - WINDOW_S if since is None else since.timestamp()
     if not 0 < until_s - from_s <= MOST_S:
         raise typer.BadParameter(f"--from must lie before --to, by {MOST_S // 86_400} days at most")
-    counters = Counters(url, match)
+    own = () if release is None else (matcher(release),)
+    counters = Counters(url, ",".join((*filter(None, [match.strip().strip(",")]), *own)))
+    if release is None and len(known := counters.releases(from_s, until_s)) > 1:
+        names = ", ".join(repr(name) for name in known)
+        raise ClusterError(f"{url} has scraped engines of several releases ({names}): name yours with --release")
     increases = counters.increases(from_s, until_s, settled_s)
     if not increases:
         raise ClusterError(

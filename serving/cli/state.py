@@ -55,6 +55,8 @@ class ClusterState:
     prometheus_url: str | None = None
     # 0: no model's replicas follow its load.
     autoscaler_port: int = 0
+    # The configuration's `release`.
+    release: str = ""
 
     def document(self) -> dict[str, Any]:
         """The file's content; `pids` groups processes for measurements."""
@@ -67,15 +69,16 @@ class ClusterState:
 
     def prometheus_targets(self) -> list[dict[str, Any]]:
         """Every endpoint to scrape, in Prometheus' file_sd form."""
-        rows = [targets.gateway_row("127.0.0.1", g.metrics_port) for g in self.gateways if g.metrics_port]
+        host, name = "127.0.0.1", self.release
+        rows = [targets.gateway_row(host, g.metrics_port, name) for g in self.gateways if g.metrics_port]
         rows += [
-            targets.engine_row(e.host, e.port, model, e.replica_id)
+            targets.engine_row(e.host, e.port, model, e.replica_id, name)
             for model, engines in self.engines.items()
             for e in engines
         ]
-        rows.append({"targets": [f"127.0.0.1:{self.haproxy_metrics_port}"], "labels": {"job": "haproxy"}})
+        rows.append(targets.row(host, self.haproxy_metrics_port, targets.HAPROXY_JOB, name))
         if self.autoscaler_port:
-            rows.append({"targets": [f"127.0.0.1:{self.autoscaler_port}"], "labels": {"job": "galerne-autoscaler"}})
+            rows.append(targets.row(host, self.autoscaler_port, targets.AUTOSCALER_JOB, name))
         return rows
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from serving.cli import scraped, state
 from serving.cluster.edge import ENGINE_TOKEN_HEADER
-from serving.config import ENV_LEDGER_DIR, LedgerConfig
+from serving.config import ENV_LEDGER_DIR, ENV_RELEASE, LedgerConfig
 from serving.config_file import load
 from serving.engine.work import ACCOUNTS
 from serving.errors import ClusterError
@@ -104,6 +104,13 @@ def reconcile(
     until: Annotated[
         str | None, typer.Option("--to", help="With --prometheus, the same. Default: a moment ago.")
     ] = None,
+    release: Annotated[
+        str | None,
+        typer.Option(
+            envvar=ENV_RELEASE,
+            help="With --prometheus, where it has scraped several releases: the one that is meant (NAMESPACE/RELEASE).",
+        ),
+    ] = None,
     match: Annotated[
         str, typer.Option(help="With --prometheus: matchers of this cluster's series, such as 'namespace=\"galerne\"'.")
     ] = "",
@@ -115,7 +122,9 @@ def reconcile(
     """
     if prometheus is not None:
         told = _settings(config, port)
-        found = scraped.compare(prometheus, match, _moment(since), _moment(until), lambda: _ledger(told), time.time())
+        found = scraped.compare(
+            prometheus, match, release, _moment(since), _moment(until), lambda: _ledger(told), time.time()
+        )
         scraped.show(found, as_json=as_json)
         if not found.balanced:
             raise typer.Exit(1)

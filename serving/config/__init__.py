@@ -44,7 +44,7 @@ from serving.config.models import (
 from serving.config.oidc import OidcConfig
 from serving.config.prometheus import PrometheusConfig
 from serving.config.quotas import ENV_LIMITS_STORE_PASSWORD, LIMITS, MEMORY, Limit, OnOutage, QuotaConfig
-from serving.config.root import GalerneConfig
+from serving.config.root import ENV_RELEASE, GalerneConfig
 from serving.config.routing import RoutingConfig, RoutingPolicy
 from serving.config.tenants import PRIORITIES, Priority, TenantConfig, TenantQueueConfig
 from serving.config.tracing import TracingConfig
@@ -55,6 +55,7 @@ __all__ = [
     "ENV_LEDGER_DIR",
     "ENV_LEDGER_URL",
     "ENV_LIMITS_STORE_PASSWORD",
+    "ENV_RELEASE",
     "LIMITS",
     "MEMORY",
     "MODEL_ID",

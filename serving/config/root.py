@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Final, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,9 @@ from serving.config.prometheus import PrometheusConfig
 from serving.config.quotas import MEMORY, OnOutage, StoreUrl
 from serving.config.tenants import TenantConfig
 from serving.config.tracing import TracingConfig
+
+# Tells a process the name of its release, where the file does not.
+ENV_RELEASE: Final = "GALERNE_RELEASE"
 
 
 class GalerneConfig(Frozen):
@@ -40,6 +43,10 @@ class GalerneConfig(Frozen):
     # While it does not answer. local: each gateway counts against its part of the limits, so that neither everybody is
     # refused nor anybody unlimited; open: nothing is counted; closed: tenants with quotas hear 503.
     limits_on_outage: OnOutage = "local"
+    # Name of this release among those that one Prometheus watches: the label `galerne_release` of all its series, by
+    # which its scaler, rules and dashboards find them. Empty: what the variable GALERNE_RELEASE says (the chart sets it
+    # to NAMESPACE/RELEASE), else no label, which suffices where a Prometheus watches one release.
+    release: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9._/-]*$")] = ""
     # Needed by models with `autoscaling`; `galerne serve --with-prometheus` sets it.
     prometheus: PrometheusConfig | None = None
     # Usage, one row a request.

@@ -13,8 +13,10 @@ from serving.autoscaling.signals import Fetch, fetch_http
 from serving.errors import ClusterError
 from serving.metering.reconcile import COMPLETION, PROMPT
 from serving.metering.scrapes import Follower, Increase
+from serving.metrics.release import LABEL, scope
 from serving.metrics.rules import ENGINE_JOB
 
+_OF_ENGINES: Final = f'job="{ENGINE_JOB}"'
 RUNNING: Final = "vllm:num_requests_running"
 WAITING: Final = "vllm:num_requests_waiting"
 # 120 scrapes of four series: 15 KB a replica of one rank.
@@ -45,6 +47,12 @@ class Counters:
         self._url = url.rstrip("/")
         self._match = match.strip().strip(",")
         self._fetch = fetch
+
+    def releases(self, from_s: float, until_s: float) -> tuple[str, ...]:
+        """Names of the releases whose engines were scraped in a window; "" is one without a name."""
+        selected = f"{{{','.join(part for part in (_OF_ENGINES, self._match) if part)}}}"
+        scraped = f"present_over_time(up{selected}[{round((until_s - from_s) * 1000)}ms])"
+        return tuple(sorted(scope(row["metric"]) for row in self._query(f"group by ({LABEL}) ({scraped})", until_s)))
 
     def increases(self, from_s: float, until_s: float, now_s: float) -> dict[str, Increase]:
         """By replica, what it counted; of replicas that were scraped within the window."""

@@ -10,16 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from serving.metrics.release import ANY, LABEL, scoped
 from serving.metrics.rules import (
     ENGINE_JOB,
     GATEWAY_JOB,
     GATEWAYS_SAMPLED,
     ITL_MISSED,
+    MODEL,
     QUANTILE,
     READY,
     SAMPLED,
     TTFT_MISSED,
     burn_record,
+    chosen,
 )
 
 RUNBOOK: Final = "docs/runbook.md"
@@ -48,16 +51,17 @@ class Alert:
     summary: str
     description: str
 
-    def document(self) -> dict[str, Any]:
-        """As Prometheus' rule file has it."""
+    def document(self, only: str = ANY) -> dict[str, Any]:
+        """As Prometheus' rule file has it, for the releases that a matcher chooses."""
         return {
             "alert": self.name,
-            "expr": self.expr,
+            "expr": scoped(self.expr, only),
             "for": self.for_,
             "labels": {"severity": self.severity},
             "annotations": {
                 "summary": self.summary,
                 "description": self.description,
+                "release": f"{{{{ $labels.{LABEL} }}}}",
                 "runbook": f"{RUNBOOK}#{self.name.lower()}",
             },
         }
@@ -68,18 +72,18 @@ def _burn(long: str, short: str, rate: float) -> str:
     bound = f"{rate * BUDGET:.3g}"
     parts = []
     for objective, counter in (("ttft", TTFT_MISSED), ("itl", ITL_MISSED)):
-        over = " and on (model) ".join(
+        over = " and on (galerne_release, model) ".join(
             f'{burn_record(window)}{{objective="{objective}"}} > {bound}' for window in (long, short)
         )
-        parts.append(f"({over} and on (model) sum by (model) (increase({counter}[{long}])) > {LEAST_EVENTS})")
+        parts.append(f"({over} and on ({MODEL}) sum by ({MODEL}) (increase({counter}[{long}])) > {LEAST_EVENTS})")
     return " or ".join(parts)
 
 
 def _errors(window: str) -> str:
     return (
-        f'sum by (model) (rate(galerne_requests_total{{status=~"5..|cut"}}[{window}]))'
-        f" / sum by (model) (rate(galerne_requests_total[{window}])) > {ERROR_SHARE}"
-        f' and on (model) sum by (model) (increase(galerne_requests_total{{status=~"5..|cut"}}[{window}])) > 5'
+        f'sum by (galerne_release, model) (rate(galerne_requests_total{{status=~"5..|cut"}}[{window}]))'
+        f" / sum by (galerne_release, model) (rate(galerne_requests_total[{window}])) > {ERROR_SHARE}"
+        f' and on ({MODEL}) sum by ({MODEL}) (increase(galerne_requests_total{{status=~"5..|cut"}}[{window}])) > 5'
     )
 
 
@@ -105,7 +109,7 @@ ALERTS: Final = (
     Alert(
         "GalerneSaturated",
         "warning",
-        "model:galerne_waiting:sum > on (model) model:galerne_running:sum"
+        "model:galerne_waiting:sum > on (galerne_release, model) model:galerne_running:sum"
         f" or model:galerne_kv_use:avg > {FULL_KV} or model:galerne_held_oldest_seconds:max > {LONG_HOLD_S}",
         "5m",
         "{{ $labels.model }} has more work than its replicas take",
@@ -133,7 +137,7 @@ ALERTS: Final = (
     Alert(
         "GalerneAutoscalerErrors",
         "warning",
-        "sum by (model) (increase(galerne_autoscaler_errors_total[10m])) > 0",
+        "sum by (galerne_release, model) (increase(galerne_autoscaler_errors_total[10m])) > 0",
         "1m",
         "Scaling decisions of {{ $labels.model }} fail",
         "A decision that fails leaves the target as it was. The autoscaler's log has the reason.",
@@ -141,8 +145,8 @@ ALERTS: Final = (
     Alert(
         "GalerneScaleAtMax",
         "warning",
-        "galerne_autoscaler_target_replicas >= on (model) galerne_autoscaler_max_replicas"
-        " and on (model) (model:galerne_waiting:sum > 0 or model:galerne_held:sum > 0)",
+        "galerne_autoscaler_target_replicas >= on (galerne_release, model) galerne_autoscaler_max_replicas"
+        " and on (galerne_release, model) (model:galerne_waiting:sum > 0 or model:galerne_held:sum > 0)",
         "10m",
         "{{ $labels.model }} is at replicas.max and requests wait",
         "Load beyond it queues. Raise replicas.max if there are nodes for it, or bound the tenants that cause it.",
@@ -150,7 +154,7 @@ ALERTS: Final = (
     Alert(
         "GalerneReplicasMissing",
         "warning",
-        f"galerne_autoscaler_target_replicas > on (model) {READY}",
+        f"galerne_autoscaler_target_replicas > on (galerne_release, model) {READY}",
         "20m",
         "{{ $labels.model }} was promised more replicas than have become ready",
         "Nodes are missing, or replicas do not start.",
@@ -158,10 +162,10 @@ ALERTS: Final = (
     Alert(
         "GalerneReplicaCrashLoop",
         "critical",
-        'sum by (model) (increase(galerne_replica_starts_total{outcome="failed"}[15m])) > 2'
-        ' or (sum by (model) (increase(galerne_replica_starts_total{outcome="ready"}[30m])) > 2'
-        " and on (model) changes(galerne_autoscaler_target_replicas[30m]) == 0"
-        " and on (model) (galerne_autoscaler_target_replicas offset 30m))",
+        'sum by (galerne_release, model) (increase(galerne_replica_starts_total{outcome="failed"}[15m])) > 2'
+        ' or (sum by (galerne_release, model) (increase(galerne_replica_starts_total{outcome="ready"}[30m])) > 2'
+        " and on (galerne_release, model) changes(galerne_autoscaler_target_replicas[30m]) == 0"
+        " and on (galerne_release, model) (galerne_autoscaler_target_replicas offset 30m))",
         "0m",
         "Replicas of {{ $labels.model }} fail or restart again and again",
         "Starts fail, or replicas are started anew although their number was not changed. The replica's log has the "
@@ -179,7 +183,7 @@ ALERTS: Final = (
     Alert(
         "GalerneStreamsCut",
         "warning",
-        "sum by (model) (increase(galerne_streams_cut_total[10m])) > 2",
+        "sum by (galerne_release, model) (increase(galerne_streams_cut_total[10m])) > 2",
         "0m",
         "Streams of {{ $labels.model }} break off",
         "Clients got a part of an answer and an error event. An engine died or was stopped before it was drained.",
@@ -187,7 +191,7 @@ ALERTS: Final = (
     Alert(
         "GalerneReplicasEjected",
         "warning",
-        "max by (model) (galerne_replicas_ejected) > 0",
+        "max by (galerne_release, model) (galerne_replicas_ejected) > 0",
         "5m",
         "Replicas of {{ $labels.model }} get no new requests because they fail",
         "A gateway has ejected {{ $value }} of them for failures, stalled answers or probes without an answer, and "
@@ -196,7 +200,7 @@ ALERTS: Final = (
     Alert(
         "GalerneShedding",
         "critical",
-        'sum by (reason) (rate(galerne_requests_shed_total{reason!="tenant"}[5m])) > 1',
+        'sum by (galerne_release, reason) (rate(galerne_requests_shed_total{reason!="tenant"}[5m])) > 1',
         "2m",
         "Gateways refuse requests for want of room ({{ $labels.reason }})",
         "Clients get 503 with Retry-After: a gateway has as many requests as it takes, its event loop is late, or its "
@@ -214,7 +218,7 @@ ALERTS: Final = (
     Alert(
         "GalerneConfigDiffers",
         "warning",
-        "count(count by (revision) (galerne_config_info)) > 1",
+        "count by (galerne_release) (count by (galerne_release, revision) (galerne_config_info)) > 1",
         "10m",
         "Gateways know different tenants and keys",
         "A change of the configuration file has reached some of them and not others: its Secret or file is not brought "
@@ -223,7 +227,7 @@ ALERTS: Final = (
     Alert(
         "GalerneConfigWaits",
         "warning",
-        "max(galerne_config_sections_waiting) > 0",
+        "max by (galerne_release) (galerne_config_sections_waiting) > 0",
         "30m",
         "{{ $value }} section(s) of the configuration file wait for a restart or a rollout",
         "Tenants, keys and administrators change live, the rest does not. The gateway's log names the sections.",
@@ -241,7 +245,7 @@ ALERTS: Final = (
     Alert(
         "GalerneLimitsStoreDown",
         "critical",
-        "min(galerne_limits_store_up) == 0",
+        "min by (galerne_release) (galerne_limits_store_up) == 0",
         "1m",
         "The store of quotas does not answer",
         "Until it does, limits_on_outage decides: gateways count by themselves, let everything pass, or refuse. "
@@ -251,7 +255,7 @@ ALERTS: Final = (
     Alert(
         "GalerneTenantQueueFull",
         "warning",
-        "max by (model, tenant) (galerne_queue_bound_part) >= 1",
+        "max by (galerne_release, model, tenant) (galerne_queue_bound_part) >= 1",
         "5m",
         "{{ $labels.tenant }} has as many requests for {{ $labels.model }} waiting as it may have",
         "Further ones hear 429. Others are served beside it by their weights. It sends more than its part of "
@@ -261,7 +265,7 @@ ALERTS: Final = (
     Alert(
         "GalerneLedgerBehind",
         "warning",
-        f"max(galerne_ledger_lag_seconds) > {LEDGER_LAG_S}",
+        f"max by (galerne_release) (galerne_ledger_lag_seconds) > {LEDGER_LAG_S}",
         "5m",
         "Usage records wait for {{ $value | humanizeDuration }} to be written",
         "The database is slow or away. Records wait on the gateways' disks, up to ledger.spill_bytes, and get there "
@@ -270,7 +274,7 @@ ALERTS: Final = (
     Alert(
         "GalerneUsageLost",
         "critical",
-        'sum(increase(galerne_ledger_rows_total{state="dropped"}[10m])) > 0',
+        'sum by (galerne_release) (increase(galerne_ledger_rows_total{state="dropped"}[10m])) > 0',
         "0m",
         "Usage of {{ $value | humanize }} requests was not recorded",
         "The spill of a gateway is full, or its disk takes nothing. Requests are served and not billed until there is "
@@ -279,6 +283,7 @@ ALERTS: Final = (
 )
 
 
-def group() -> dict[str, Any]:
-    """The alerts' group of the rule file."""
-    return {"name": "galerne-alerts", "interval": "30s", "rules": [alert.document() for alert in ALERTS]}
+def group(release: str | None = None) -> dict[str, Any]:
+    """The alerts' group of the rule file, for one release or for every one."""
+    only = chosen(release)
+    return {"name": "galerne-alerts", "interval": "30s", "rules": [alert.document(only) for alert in ALERTS]}

@@ -14,9 +14,9 @@ SCRAPE_TIMEOUT_S: Final = 4
 _WIDTH: Final = 120
 
 
-def rule_file() -> str:
-    """Recording rules and alerts, as YAML."""
-    return _yaml({"groups": [*rules.groups(), alerts.group()]})
+def rule_file(release: str | None = None) -> str:
+    """Recording rules and alerts, as YAML: of one release, or of all that a Prometheus watches, each by itself."""
+    return _yaml({"groups": [*rules.groups(release), alerts.group(release)]})
 
 
 def config_file(rules_path: Path, targets_path: Path) -> str:

@@ -13,6 +13,9 @@ recorded, not its age: whoever reads it subtracts it from Prometheus' `time()`, 
 fails and rules that are no longer evaluated alike. A target that leaves is waited for until Prometheus forgets it,
 about 11 s after it left the list: ages of 15 s are ordinary then, and 10 s at any other time.
 
+Releases that one Prometheus watches are never added up (`serving.metrics.release`): every rule groups by the label of
+the release and matches by it, and `groups(release)` are the rules of one release alone, as its chart installs them.
+
 Counters of a new replica start anywhere (an engine has answered its warm-up by then): `rate` takes differences only.
 The gateway's counters exist from its start with 0, because `rate` does not see how a series begins.
 """
@@ -22,6 +25,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
+
+from serving.metrics.release import ANY, LABEL, matcher, scoped
 
 SCRAPE_S: Final = 5
 RATE_WINDOW_S: Final = 30
@@ -42,6 +47,8 @@ GATEWAY_JOB: Final = "galerne-gateway"
 ENGINE_JOB: Final = "vllm"
 GATEWAYS_SAMPLED: Final = "galerne:gateways_sampled:timestamp_seconds"
 SAMPLED: Final = "model:galerne_sampled:timestamp_seconds"
+# What a model is known by: one of another release is another.
+MODEL: Final = f"{LABEL}, model"
 COMPLETE: Final = "model:galerne_samples_complete:bool"
 READY: Final = "model:galerne_replicas_ready:max"
 
@@ -58,9 +65,9 @@ class Rule:
     expr: str
     labels: tuple[tuple[str, str], ...] = ()
 
-    def document(self) -> dict[str, Any]:
-        """As Prometheus' rule file has it."""
-        found: dict[str, Any] = {"record": self.record, "expr": self.expr}
+    def document(self, only: str = ANY) -> dict[str, Any]:
+        """As Prometheus' rule file has it, for the releases that a matcher chooses."""
+        found: dict[str, Any] = {"record": self.record, "expr": scoped(self.expr, only)}
         return found | ({"labels": dict(self.labels)} if self.labels else {})
 
 
@@ -75,14 +82,14 @@ class SignalRule:
 
     def rule(self) -> Rule:
         """Computed from complete samples, else repeated."""
-        complete = f'min by (model) ({COMPLETE}{{source=~"{"|".join(self.sources)}"}})'
+        complete = f'min by ({MODEL}) ({COMPLETE}{{source=~"{"|".join(self.sources)}"}})'
         return Rule(
             self.record,
-            f"(({self.expr}) and on (model) ({complete} == 1)) or ({self.record} and on (model) ({complete} == 0))",
+            f"(({self.expr}) and on ({MODEL}) ({complete} == 1)) or ({self.record} and on ({MODEL}) ({complete} == 0))",
         )
 
 
-def _rate(metric: str, window: str = f"{RATE_WINDOW_S}s", by: str = "model") -> str:
+def _rate(metric: str, window: str = f"{RATE_WINDOW_S}s", by: str = MODEL) -> str:
     return f"sum by ({by}) (rate({metric}[{window}]))"
 
 
@@ -98,7 +105,7 @@ def _means(tokens: str) -> str:
 
 def _quantile(histogram: str) -> str:
     # No observation in the window is NaN, which no comparison holds for.
-    return f"histogram_quantile({QUANTILE}, {_rate(histogram + '_bucket', by='model, le')}) >= 0"
+    return f"histogram_quantile({QUANTILE}, {_rate(histogram + '_bucket', by=f'{MODEL}, le')}) >= 0"
 
 
 def _missed(counter: str, window: str = f"{RATE_WINDOW_S}s") -> str:
@@ -109,7 +116,7 @@ def _missed(counter: str, window: str = f"{RATE_WINDOW_S}s") -> str:
 def _no_output() -> str:
     """Models whose answers have no tokens: embeddings."""
     window = f"{REMEMBERED_MEAN_S}s"
-    return f"({_rate('vllm:request_generation_tokens_sum', window)} == 0) and on (model) ({_ended(window)} > 0)"
+    return f"({_rate('vllm:request_generation_tokens_sum', window)} == 0) and on ({MODEL}) ({_ended(window)} > 0)"
 
 
 def _ended(window: str) -> str:
@@ -118,13 +125,13 @@ def _ended(window: str) -> str:
 
 def _listed(job: str) -> str:
     """When each target of Prometheus' list was scraped last."""
-    newest = f'max(timestamp(up{{job=~"{GATEWAY_JOB}|{ENGINE_JOB}"}}))'
-    return f'(timestamp(up{{job="{job}"}}) > on () group_left () ({newest} - {LISTED_S}))'
+    newest = f'max by ({LABEL}) (timestamp(up{{job=~"{GATEWAY_JOB}|{ENGINE_JOB}"}}))'
+    return f'(timestamp(up{{job="{job}"}}) > on ({LABEL}) group_left () ({newest} - {LISTED_S}))'
 
 
 def _of_listed(metric: str, job: str) -> str:
     """A gauge of those targets alone."""
-    return f"({metric} and on (job, instance) {_listed(job)})"
+    return f"({metric} and on ({LABEL}, job, instance) {_listed(job)})"
 
 
 def _on_gateways(metric: str) -> str:
@@ -133,7 +140,7 @@ def _on_gateways(metric: str) -> str:
 
 def _on_engines(metric: str) -> str:
     """A sum over replicas; 0 where the gateways know of none."""
-    return f"sum by (model) {_of_listed(metric, ENGINE_JOB)} or on (model) ({READY} == 0)"
+    return f"sum by ({MODEL}) {_of_listed(metric, ENGINE_JOB)} or on ({MODEL}) ({READY} == 0)"
 
 
 TTFT_MISSED: Final = "galerne_slo_ttft_requests_total"
@@ -156,13 +163,13 @@ SIGNALS: Final = (
         f"{_means('vllm:request_generation_tokens')} or {_no_output()}",
     ),
     SignalRule(
-        "held", "model:galerne_held:sum", ("gateway",), f"sum by (model) {_on_gateways('galerne_requests_held')}"
+        "held", "model:galerne_held:sum", ("gateway",), f"sum by ({MODEL}) {_on_gateways('galerne_requests_held')}"
     ),
     SignalRule(
         "held_oldest_s",
         "model:galerne_held_oldest_seconds:max",
         ("gateway",),
-        f"max by (model) {_on_gateways('galerne_held_oldest_seconds')}",
+        f"max by ({MODEL}) {_on_gateways('galerne_held_oldest_seconds')}",
     ),
     SignalRule("running", "model:galerne_running:sum", ("engine",), _on_engines("vllm:num_requests_running")),
     SignalRule("waiting", "model:galerne_waiting:sum", ("engine",), _on_engines("vllm:num_requests_waiting")),
@@ -170,7 +177,7 @@ SIGNALS: Final = (
         "kv_use",
         "model:galerne_kv_use:avg",
         ("engine",),
-        f"avg by (model) {_of_listed('vllm:kv_cache_usage_perc', ENGINE_JOB)}",
+        f"avg by ({MODEL}) {_of_listed('vllm:kv_cache_usage_perc', ENGINE_JOB)}",
     ),
     SignalRule(
         "ttft_p95_s",
@@ -189,26 +196,30 @@ SIGNALS: Final = (
 def _sampled() -> tuple[Rule, ...]:
     """When the oldest of the newest samples was taken, and whether they are complete and recent; by source."""
     scraped, up = _listed(GATEWAY_JOB), _of_listed(f'up{{job="{GATEWAY_JOB}"}}', GATEWAY_JOB)
-    gateways = f"(min({scraped}) and on () (min({up}) == 1)) or ({GATEWAYS_SAMPLED} and on () count({up}))"
+    least, is_up = f"min by ({LABEL}) ({scraped})", f"min by ({LABEL}) ({up})"
+    gateways = (
+        f"({least} and on ({LABEL}) ({is_up} == 1))"
+        f" or on ({LABEL}) ({GATEWAYS_SAMPLED} and on ({LABEL}) count by ({LABEL}) ({up}))"
+    )
     ready = _on_gateways("galerne_replicas_ready")
-    models = f"(group by (model) {ready} or group by (model) ({READY}))"
+    models = f"(group by ({MODEL}) {ready} or group by ({MODEL}) ({READY}))"
     gateway, engine = f'{SAMPLED}{{source="gateway"}}', f'{SAMPLED}{{source="engine"}}'
-    recent = f"(time() - max by (model) (%s) < bool {FRESH_S:g})"
+    recent = f"(time() - max by ({MODEL}) (%s) < bool {FRESH_S:g})"
     engines_scraped, engines_up = _listed(ENGINE_JOB), _of_listed(f'up{{job="{ENGINE_JOB}"}}', ENGINE_JOB)
     engines = (
-        f"(min by (model) {engines_scraped} and on (model) (min by (model) {engines_up} == 1))"
-        f" or on (model) (max by (model) ({engine}) and on (model) count by (model) {engines_up})"
-        f" or on (model) (max by (model) ({gateway}) and on (model) ({READY} == 0))"
+        f"(min by ({MODEL}) {engines_scraped} and on ({MODEL}) (min by ({MODEL}) {engines_up} == 1))"
+        f" or on ({MODEL}) (max by ({MODEL}) ({engine}) and on ({MODEL}) count by ({MODEL}) {engines_up})"
+        f" or on ({MODEL}) (max by ({MODEL}) ({gateway}) and on ({MODEL}) ({READY} == 0))"
     )
     return (
         Rule(GATEWAYS_SAMPLED, gateways),
-        Rule(SAMPLED, f"{models} * on () group_left () {GATEWAYS_SAMPLED}", (("source", "gateway"),)),
-        Rule(COMPLETE, f"{recent % gateway} * on () group_left () min({up})", (("source", "gateway"),)),
-        SignalRule("", READY, ("gateway",), f"max by (model) {ready}").rule(),
+        Rule(SAMPLED, f"{models} * on ({LABEL}) group_left () {GATEWAYS_SAMPLED}", (("source", "gateway"),)),
+        Rule(COMPLETE, f"{recent % gateway} * on ({LABEL}) group_left () {is_up}", (("source", "gateway"),)),
+        SignalRule("", READY, ("gateway",), f"max by ({MODEL}) {ready}").rule(),
         Rule(SAMPLED, engines, (("source", "engine"),)),
         Rule(
             COMPLETE,
-            f"{recent % engine} * on (model) min by (model) {engines_up} or on (model) {recent % engine}",
+            f"{recent % engine} * on ({MODEL}) min by ({MODEL}) {engines_up} or on ({MODEL}) {recent % engine}",
             (("source", "engine"),),
         ),
     )
@@ -231,10 +242,16 @@ RULES: Final[tuple[Rule, ...]] = (*_sampled(), *(signal.rule() for signal in SIG
 SLOW_RULES: Final[tuple[Rule, ...]] = _burns()
 
 
-def groups() -> list[dict[str, Any]]:
-    """The groups of the rule file; rules of a group see what those before them recorded."""
-    return [_group("galerne-signals", SCRAPE_S, RULES), _group("galerne-slo", SLOW_INTERVAL_S, SLOW_RULES)]
+def chosen(release: str | None) -> str:
+    """The matcher of one release, or of every one, each by itself."""
+    return ANY if release is None else matcher(release)
 
 
-def _group(name: str, interval_s: int, rules: Sequence[Rule]) -> dict[str, Any]:
-    return {"name": name, "interval": f"{interval_s}s", "rules": [rule.document() for rule in rules]}
+def groups(release: str | None = None) -> list[dict[str, Any]]:
+    """The groups of the rule file, for one release or every one; rules of a group see what those before recorded."""
+    only = chosen(release)
+    return [_group("galerne-signals", SCRAPE_S, RULES, only), _group("galerne-slo", SLOW_INTERVAL_S, SLOW_RULES, only)]
+
+
+def _group(name: str, interval_s: int, rules: Sequence[Rule], only: str) -> dict[str, Any]:
+    return {"name": name, "interval": f"{interval_s}s", "rules": [rule.document(only) for rule in rules]}

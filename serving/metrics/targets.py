@@ -12,25 +12,32 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from serving.metrics.release import LABEL
+
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 PATH: Final = "/targets"
 GATEWAY_JOB: Final = "galerne-gateway"
 ENGINE_JOB: Final = "vllm"
+HAPROXY_JOB: Final = "haproxy"
+AUTOSCALER_JOB: Final = "galerne-autoscaler"
 
 
-def gateway_row(host: str, port: int) -> dict[str, Any]:
-    """A gateway's metrics in Prometheus' file_sd and http_sd form."""
-    return {"targets": [f"{_bracketed(host)}:{port}"], "labels": {"job": GATEWAY_JOB}}
+def row(host: str, port: int, job: str, release: str, **labels: str) -> dict[str, Any]:
+    """A target in Prometheus' file_sd and http_sd form; a release without a name has no label for it."""
+    named = {LABEL: release} if release else {}
+    return {"targets": [f"{_bracketed(host)}:{port}"], "labels": {"job": job} | named | labels}
 
 
-def engine_row(host: str, port: int, model: str, replica: str) -> dict[str, Any]:
-    """An engine's metrics in the same form."""
-    return {
-        "targets": [f"{_bracketed(host)}:{port}"],
-        "labels": {"job": ENGINE_JOB, "model": model, "replica": replica},
-    }
+def gateway_row(host: str, port: int, release: str = "") -> dict[str, Any]:
+    """A gateway's metrics."""
+    return row(host, port, GATEWAY_JOB, release)
+
+
+def engine_row(host: str, port: int, model: str, replica: str, release: str = "") -> dict[str, Any]:
+    """An engine's metrics."""
+    return row(host, port, ENGINE_JOB, release, model=model, replica=replica)
 
 
 def app(registry: CollectorRegistry, rows: Callable[[], list[dict[str, Any]]]) -> WSGIApplication:

@@ -13,7 +13,7 @@ import yaml
 
 from serving.config_file import parse
 from serving.metrics.rules import SIGNALS
-from tests.helm.rendering import HELMS, NAMESPACE, VALUES, galerne_config, of_kind, pods, template
+from tests.helm.rendering import HELMS, NAMESPACE, RELEASE, VALUES, galerne_config, of_kind, pods, template
 
 KEDA = "ci/05-keda-values.yaml"
 RECORDS = {rule.field: rule.record for rule in SIGNALS}
@@ -62,7 +62,7 @@ def test_it_is_told_our_metrics_and_the_models_bounds() -> None:
     assert (chat["minReplicaCount"], chat["maxReplicaCount"], chat["pollingInterval"]) == (0, 6, 10)
     assert (vectors["minReplicaCount"], vectors["maxReplicaCount"], vectors["pollingInterval"]) == (1, 3, 15)
     running, waiting = (trigger["metadata"] for trigger in chat["triggers"])
-    named = '{model="org/Chat-1.5"}'
+    named = f'{{galerne_release="{NAMESPACE}/{RELEASE}",model="org/Chat-1.5"}}'
     assert running["query"] == f"sum({RECORDS['running']}{named})"
     assert waiting["query"] == f"sum({RECORDS['waiting']}{named}) + sum({RECORDS['held']}{named})"
     assert (running["threshold"], waiting["threshold"]) == ("16", "2.5")

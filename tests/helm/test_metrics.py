@@ -14,10 +14,24 @@ import yaml
 
 from serving.cli.state import ClusterState, EngineState, GatewayState
 from serving.metrics.prometheus import rule_file
+from serving.metrics.release import LABEL, matcher, scoped
 from serving.metrics.rules import SCRAPE_S
-from tests.helm.rendering import CHART, HELMS, NAMESPACE, RELEASE, VALUES, galerne_config, helm, of_kind, pods, template
+from tests.helm.rendering import (
+    CHART,
+    HELMS,
+    NAMESPACE,
+    RELEASE,
+    VALUES,
+    galerne_config,
+    helm,
+    of_kind,
+    pods,
+    pods_of,
+    template,
+)
 
 EVERYTHING = "ci/02-everything-values.yaml"
+NAMED = {"targetLabel": "galerne_release", "replacement": f"{NAMESPACE}/{RELEASE}", "action": "replace"}
 NOBODY = "http://127.0.0.1:18499"
 DASHBOARD = {"title": "A dashboard", "panels": [{"targets": [{"legendFormat": "{{model}} {{ tenant }}"}]}]}
 
@@ -26,8 +40,38 @@ def test_the_rules_are_those_of_galerne_rules() -> None:
     for line in HELMS:
         (rule,) = of_kind(EVERYTHING, "PrometheusRule", line)
         # Alerts' texts are templates of Prometheus, and must reach it as such.
-        assert rule["spec"] == yaml.safe_load(rule_file())
+        assert rule["spec"] == yaml.safe_load(rule_file(f"{NAMESPACE}/{RELEASE}"))
         assert "{{ $labels" in json.dumps(rule["spec"])
+
+
+@pytest.mark.parametrize(("name", "told"), [("", f"{NAMESPACE}/{RELEASE}"), ("news", "news")])
+def test_everything_that_is_measured_and_asked_is_of_the_release(name: str, told: str) -> None:
+    # One name for targets, pods, rules and KEDA: what is asked is what is scraped.
+    for values in (EVERYTHING, "ci/05-keda-values.yaml"):
+        ran = template("helm4", values, *(("--set", f"config.release={name}") if name else ()))
+        assert ran.status == 0, ran.err
+        things = [thing for thing in yaml.safe_load_all(ran.out) if thing]
+        found: set[str] = set()
+        for thing in things:
+            if thing["kind"] in {"PodMonitor", "ScrapeConfig"}:
+                spec = thing["spec"]
+                (named,) = [
+                    relabeling["replacement"]
+                    for endpoint in spec.get("podMetricsEndpoints", [spec])
+                    for relabeling in endpoint["relabelings"]
+                    if relabeling["targetLabel"] == LABEL
+                ]
+                found.add(named)
+            elif thing["kind"] == "PrometheusRule":
+                assert thing["spec"] == yaml.safe_load(rule_file(told))
+            elif thing["kind"] == "ScaledObject":
+                for trigger in thing["spec"]["triggers"]:
+                    query = trigger["metadata"]["query"]
+                    assert scoped(query, matcher(told)) == query
+                    assert query.count(matcher(told)) == query.count("model:galerne")
+        for pod in pods_of(thing for thing in things if thing["kind"] == "RayService"):
+            found.add(next(v["value"] for v in pod.containers[0]["env"] if v["name"] == "GALERNE_RELEASE"))
+        assert found == {told}
 
 
 def test_every_job_of_one_machine_is_scraped_under_its_name() -> None:
@@ -50,7 +94,8 @@ def test_every_job_of_one_machine_is_scraped_under_its_name() -> None:
     for monitor in of_kind(EVERYTHING, "PodMonitor"):
         (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
         assert (endpoint["interval"], endpoint["scrapeTimeout"]) == (f"{SCRAPE_S}s", f"{SCRAPE_S - 1}s")
-        (relabeled,) = endpoint["relabelings"]
+        relabeled, named = endpoint["relabelings"]
+        assert named == NAMED
         wanted = monitor["spec"]["selector"]["matchLabels"].items()
         (pod,) = [pod for pod in pods(EVERYTHING) if wanted <= pod.metadata["labels"].items()]
         named = {port["name"]: port["containerPort"] for port in pod.containers[0]["ports"]}

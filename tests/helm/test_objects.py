@@ -154,7 +154,7 @@ def test_scrape_configs_ask_the_gateways() -> None:
     (scrape,) = of_kind("ci/02-everything-values.yaml", "ScrapeConfig")
     services = {s["metadata"]["name"]: s["spec"] for s in of_kind("ci/02-everything-values.yaml", "Service")}
     assert scrape["apiVersion"] == "monitoring.coreos.com/v1alpha1"
-    assert set(scrape["spec"]) == {"scrapeInterval", "scrapeTimeout", "httpSDConfigs"}
+    assert set(scrape["spec"]) == {"scrapeInterval", "scrapeTimeout", "httpSDConfigs", "relabelings"}
     ((discovery),) = scrape["spec"]["httpSDConfigs"]
     host, _, path = discovery["url"].removeprefix("http://").partition("/")
     name, namespace, _ = host.split(".", 2)

@@ -19,7 +19,7 @@ import pytest
 from serving.api.app import Gateway
 from serving.api.auth import digest
 from serving.api.ops.app import POLICY
-from serving.api.ops.cluster import QUERIES
+from serving.api.ops.cluster import queries
 from serving.config import FakeEngineConfig, GalerneConfig
 from serving.engine.fake import build_app
 from serving.engine.private_server import PrivateServer
@@ -44,7 +44,7 @@ def prometheus() -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)["query"][0]
-            name = next(n for n, q in QUERIES.items() if q == query)
+            name = next(n for n, q in queries("").items() if q == query)
             body = json.dumps({"status": "success", "data": {"result": ANSWERS[name]}}).encode()
             self.send_response(200)
             self.send_header("content-length", str(len(body)))

@@ -20,11 +20,11 @@ import psutil
 import pytest
 
 from serving.autoscaling.external import ExternalReader
-from serving.autoscaling.signals import SignalReader
+from serving.autoscaling.signals import SignalReader, query_of
 from serving.autoscaling.snapshot import Signal
 from serving.cli import prometheus, state
 from serving.config import ExternalConfig
-from serving.metrics import alerts, rules
+from serving.metrics import alerts, rules, targets
 from tests.integration.running import GALERNE, KEY, RunningCluster
 from tests.system_parts import required
 
@@ -215,6 +215,68 @@ def test_an_exporter_that_freezes_shows_as_age_and_never_as_less_load(exporter: 
             if child.name() == "prometheus":
                 child.kill()
                 child.wait()
+
+
+class Busy(BaseHTTPRequestHandler):
+    """A gateway's metrics: so many requests a second, all of them held."""
+
+    rps = 0
+    started_s = time.monotonic()
+
+    def do_GET(self) -> None:
+        accepted = int(self.rps * (time.monotonic() - self.started_s))
+        self.send_response(200)
+        self.send_header("content-type", "text/plain; version=0.0.4")
+        self.end_headers()
+        self.wfile.write(
+            f'galerne_replicas_ready{{model="m"}} 1\n'
+            f'galerne_requests_held{{model="m",tenant="t"}} {5 * self.rps}\n'
+            f'galerne_requests_accepted_total{{model="m",tenant="t"}} {accepted}\n'.encode()
+        )
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class Idle(Busy):
+    """The same without any."""
+
+
+def test_of_two_releases_each_scaler_reads_its_own(tmp_path: Path) -> None:
+    Busy.rps = 10
+    Idle.rps = 0
+    gateways = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in (Busy, Idle)]
+    server = prometheus.LocalPrometheus(required("prometheus"), tmp_path)
+    rows = [
+        targets.gateway_row("127.0.0.1", gateway.server_address[1], name)
+        for gateway, name in zip(gateways, ("prod/galerne", "test/galerne"), strict=True)
+    ]
+    (tmp_path / state.TARGETS_FILE).write_text(json.dumps(rows))
+    for gateway in gateways:
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+    server.start()
+    names = ("prod/galerne", "test/galerne", "")
+    readers = [SignalReader(server.url, 2.5, refresh_s=1, query=query_of(name)) for name in names]
+
+    def seen(field: str) -> list[float | None]:
+        return [reader.signals("m")[field].value for reader in readers]
+
+    try:
+        until("the busy one's rate is seen", lambda: (seen("arrivals_rps")[0] or 0) > 5)
+        until("the idle one is, too", lambda: seen("arrivals_rps")[1] is not None)
+        assert seen("held") == [50.0, 0.0, None]
+        # Nobody is without a name here, and no other's load is taken for one's own.
+        assert seen("arrivals_rps")[1:] == [0.0, None]
+    finally:
+        for reader in readers:
+            reader.stop()
+        for child in psutil.Process().children():
+            if child.name() == "prometheus":
+                child.kill()
+                until("it has ended", server.ended)
+        for gateway in gateways:
+            gateway.shutdown()
+            gateway.server_close()
 
 
 def test_without_the_program_the_message_says_how_to_get_it(tmp_path: Path) -> None:

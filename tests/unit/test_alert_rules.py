@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from serving.metrics import alerts, prometheus
 from serving.metrics.alerts import ALERTS
+from serving.metrics.release import LABEL, matcher, scoped
 from serving.metrics.table import TABLE
 from tests.system_parts import required
 
@@ -159,26 +161,41 @@ def test_rules_alerts_and_alerting_are_valid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.alert}-{'fires' if c.fires else 'silent'}-{CASES.index(c)}")
 def test_alert(case: Case, tmp_path: Path) -> None:
-    promtool = required("promtool")
-    (tmp_path / "alerts.yaml").write_text(yaml.safe_dump({"groups": [alerts.group()]}))
+    # Alone, without a name; and the same of one release beside another for which it is the other way round.
+    other = next(one for one in CASES if one.alert == case.alert and one.fires is not case.fires)
+    beside = of_release(OURS, case.series) | of_release(OTHERS, other.series)
     query = f'count(ALERTS{{alertname="{case.alert}", alertstate="firing"}}) > bool 0 or vector(0)'
-    document = {
-        "rule_files": ["alerts.yaml"],
-        "evaluation_interval": "30s",
-        "tests": [
-            {
-                "interval": "1m",
-                "input_series": [{"series": s, "values": v} for s, v in case.series.items()],
-                "promql_expr_test": [
-                    {
-                        "expr": query,
-                        "eval_time": case.at,
-                        "exp_samples": [{"labels": "{}", "value": int(case.fires)}],
-                    }
-                ],
-            }
+    run([judged(case.series, query, case)], tmp_path)
+    run([judged(beside, scoped(query, matcher(OURS)), case)], tmp_path, OURS)
+
+
+OURS, OTHERS = "prod/galerne", "test/galerne"
+
+
+def of_release(release: str, series: dict[str, str]) -> dict[str, str]:
+    """The series as a release's targets have them."""
+    named = f'{LABEL}="{release}"'
+    return {
+        name.replace("{", f"{{{named}, ") if "{" in name else f"{name}{{{named}}}": values
+        for name, values in series.items()
+    }
+
+
+def judged(series: dict[str, str], query: str, case: Case) -> dict[str, Any]:
+    """One of promtool's tests."""
+    return {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
+            {"expr": query, "eval_time": case.at, "exp_samples": [{"labels": "{}", "value": int(case.fires)}]}
         ],
     }
+
+
+def run(tests: list[dict[str, Any]], tmp_path: Path, release: str | None = None) -> None:
+    promtool = required("promtool")
+    (tmp_path / "alerts.yaml").write_text(yaml.safe_dump({"groups": [alerts.group(release)]}))
+    document = {"rule_files": ["alerts.yaml"], "evaluation_interval": "30s", "tests": tests}
     test = tmp_path / "test.yaml"
     test.write_text(yaml.safe_dump(document))
     done = subprocess.run([promtool, "test", "rules", test], capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -201,5 +218,5 @@ def test_rules_speak_of_metrics_that_exist() -> None:
         for row in TABLE
         for suffix in {"counter": ("_total",), "gauge": ("",)}.get(row.kind, ("_bucket", "_sum", "_count"))
     }
-    spoken = set(re.findall(r"(?<![:\w])galerne_\w+", prometheus.rule_file()))
+    spoken = set(re.findall(r"(?<![:\w])galerne_\w+", prometheus.rule_file())) - {LABEL}
     assert spoken <= exported, spoken - exported

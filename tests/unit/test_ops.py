@@ -19,7 +19,7 @@ from serving.api.app import Gateway
 from serving.api.auth import digest
 from serving.api.ops import PATHS
 from serving.api.ops.app import KEPT_S, POLICY, STATE
-from serving.api.ops.cluster import DECISIONS, MAX_CHANGES, QUERIES, REFRESH_S, TARGET, Change, Cluster, history, read
+from serving.api.ops.cluster import DECISIONS, MAX_CHANGES, REFRESH_S, TARGET, Change, Cluster, history, queries, read
 from serving.config import GalerneConfig
 from serving.metrics.gateway import GatewayMetrics
 from serving.routing.replicas import Endpoint
@@ -317,7 +317,7 @@ class Prometheus:
         import urllib.parse
 
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)["query"][0]
-        name = next(n for n, q in QUERIES.items() if q == query)
+        name = next(n for n, q in queries("").items() if q == query)
         return json.dumps({"status": "success", "data": {"result": ANSWERS[name]}}).encode()
 
     def run(self) -> None:
@@ -335,7 +335,7 @@ def test_prometheus_is_asked_once_in_a_while_by_one_thread_and_never_waited_for(
     made.cluster.facts()
     assert len(made.kept) == 1, "a second thread while the first still waits"
     made.run()
-    assert len(made.asked) == len(QUERIES)
+    assert len(made.asked) == len(queries(""))
     made.cluster.facts()
     made.run()
     assert made.cluster.facts().gateways == 2
@@ -348,7 +348,7 @@ def test_prometheus_is_asked_once_in_a_while_by_one_thread_and_never_waited_for(
     made.now_s += 0.1
     made.cluster.facts()
     made.run()
-    assert len(made.asked) == asked + len(QUERIES)
+    assert len(made.asked) == asked + len(queries(""))
 
 
 @pytest.mark.parametrize("error", [OSError("http://user:secret@prometheus"), ValueError("x"), KeyError("data")])

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from serving.metrics import rules
+from serving.metrics.release import LABEL, matcher, scoped
 from tests.system_parts import required
 
 M = 'model="m"'
@@ -163,33 +164,73 @@ CASES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_rules(case: Case, tmp_path: Path) -> None:
-    promtool = required("promtool")
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": rules.groups()}))
-    tests: list[dict[str, Any]] = [
-        {
-            "expr": f"round(sum({expr}), 0.01)",
-            "eval_time": f"{at}s",
-            "exp_samples": [] if value is None else [{"labels": "{}", "value": value}],
-        }
-        for (expr, at), value in case.expected.items()
-    ]
-    document = {
-        "rule_files": ["rules.yaml"],
-        "evaluation_interval": "5s",
-        "tests": [
+OURS, OTHERS = "prod/galerne", "test/galerne"
+
+
+def of_release(release: str, series: dict[str, str]) -> dict[str, str]:
+    """The series as a release's targets have them."""
+    return {name.replace("{", f'{{{LABEL}="{release}", '): values for name, values in series.items()}
+
+
+def judged(series: dict[str, str], expected: dict[tuple[str, int], float | None]) -> dict[str, Any]:
+    """One of promtool's tests; values are summed, so that nothing more than what is expected may be there."""
+    return {
+        "interval": "5s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
             {
-                "interval": "5s",
-                "input_series": [{"series": s, "values": v} for s, v in case.series.items()],
-                "promql_expr_test": tests,
+                "expr": f"round(sum({expr}), 0.01)",
+                "eval_time": f"{at}s",
+                "exp_samples": [] if value is None else [{"labels": "{}", "value": value}],
             }
+            for (expr, at), value in expected.items()
         ],
     }
+
+
+def run(tests: list[dict[str, Any]], tmp_path: Path, release: str | None = None) -> None:
+    promtool = required("promtool")
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": rules.groups(release)}))
+    document = {"rule_files": ["rules.yaml"], "evaluation_interval": "5s", "tests": tests}
     test = tmp_path / "test.yaml"
     test.write_text(yaml.safe_dump(document))
     done = subprocess.run([promtool, "test", "rules", test], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_rules(case: Case, tmp_path: Path) -> None:
+    # Alone, without a name; and beside another release that has the same model and troubles of its own.
+    other = CASES[(CASES.index(case) + 1) % len(CASES)]
+    mine = {(scoped(expr, matcher(OURS)), at): value for (expr, at), value in case.expected.items()}
+    beside = of_release(OURS, case.series) | of_release(OTHERS, other.series)
+    run([judged(case.series, case.expected), judged(beside, mine)], tmp_path)
+
+
+HELD_50 = gateway("a", "1x200", "0+50x200", **{'galerne_requests_held{%s, tenant="t"}': "50x200"})
+HELD_0 = gateway("b", "1x200", "0x200", **{'galerne_requests_held{%s, tenant="t"}': "0x200"})
+
+
+def test_two_releases_with_a_model_of_the_same_name_stay_two(tmp_path: Path) -> None:
+    held = "model:galerne_held:sum"
+    expected: dict[tuple[str, int], float | None] = {
+        (f"count({held})", 300): 2.0,
+        (f"{held}{{{matcher('prod/galerne')}}}", 300): 50.0,
+        (f"{held}{{{matcher('test/galerne')}}}", 300): 0.0,
+        (f"{ARRIVALS}{{{matcher('prod/galerne')}}}", 300): 10.0,
+        (f"{ARRIVALS}{{{matcher('test/galerne')}}}", 300): 0.0,
+    }
+    run([judged(of_release(OURS, HELD_50) | of_release(OTHERS, HELD_0), expected)], tmp_path)
+
+
+def test_the_rules_of_one_release_leave_the_other_alone(tmp_path: Path) -> None:
+    # Each chart installs its own: nothing is recorded twice.
+    records = "|".join(rule.record for rule in (*rules.RULES, *rules.SLOW_RULES))
+    expected: dict[tuple[str, int], float | None] = {
+        (f'count({{__name__=~"{records}",{matcher(OTHERS)}}})', 300): None,
+        (f"model:galerne_held:sum{{{matcher(OURS)}}}", 300): 50.0,
+    }
+    run([judged(of_release(OURS, HELD_50) | of_release(OTHERS, HELD_0), expected)], tmp_path, OURS)
 
 
 def test_windows_hold_enough_samples() -> None:

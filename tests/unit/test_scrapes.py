@@ -180,6 +180,7 @@ class Prometheus:
         self.scraped = scraped
         self.behind = behind
         self.queries: list[str] = []
+        self.releases = [""]
 
     def __call__(self, url: str, timeout_s: float) -> bytes:
         parts = urllib.parse.urlsplit(url)
@@ -188,6 +189,9 @@ class Prometheus:
         self.queries.append(fields["query"])
         if "galerne_ledger_rows_behind" in fields["query"]:
             result: list[Any] = [{"metric": {}, "value": [0, str(self.behind)]}]
+        elif fields["query"].startswith("group by (galerne_release)"):
+            named = [{"galerne_release": name} if name else {} for name in self.releases]
+            result = [{"metric": labels, "value": [0, "1"]} for labels in named]
         else:
             until_s = float(fields["time"])
             begin_s = until_s - float(fields["query"].rpartition("[")[2].removesuffix("ms]")) / 1000
@@ -303,7 +307,16 @@ def test_the_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NOT balanced" in found.output
     assert run.invoke(app, ["usage", "reconcile", "--from", at[0]]).exit_code == 2
     assert run.invoke(app, [*command[:-1], at[0]]).exit_code == 2
-    prometheus.scraped = ()
+    # Of two releases that were scraped it does not add up both.
+    prometheus.releases = ["prod/galerne", "test/galerne"]
+    found = run.invoke(app, command)
+    assert isinstance(found.exception, ClusterError)
+    assert "('prod/galerne', 'test/galerne'): name yours with --release" in str(found.exception)
+    prometheus.queries.clear()
+    assert run.invoke(app, [*command, "--release", "prod/galerne"]).exit_code == 1
+    assert prometheus.queries
+    assert all('galerne_release="prod/galerne"' in query for query in prometheus.queries)
+    prometheus.scraped, prometheus.releases = (), [""]
     found = run.invoke(app, command)
     assert isinstance(found.exception, ClusterError)
     assert "is it this cluster's?" in str(found.exception)

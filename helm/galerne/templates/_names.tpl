@@ -26,6 +26,11 @@ Argument: (list name most) */}}
 {{- end -}}
 {{- end }}
 
+{{/* Name of the release among all that one Prometheus watches: the label galerne_release of every series, rule and query. */}}
+{{- define "galerne.release" -}}
+{{- .Values.config.release | default (printf "%s/%s" .Release.Namespace .Release.Name) -}}
+{{- end }}
+
 {{/* Labels that never change: selectors use them, and pods have no others, because another label is another pod: with a
 chart's version among them every release of the chart would replace a whole cluster. Argument: (list $ component) */}}
 {{- define "galerne.selector" -}}

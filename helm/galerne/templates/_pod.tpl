@@ -47,6 +47,7 @@ cluster for it. Argument: (dict "root" $ "cpu" processors-of-the-pod "gpus" GPUs
 {{ include "galerne.noGpus" $root }}
 {{- end }}
 {{- /* The pods' own: what guards the engines' ports, the address workers of one engine meet at, places to write. */}}
+- {name: GALERNE_RELEASE, value: {{ include "galerne.release" $root | quote }}}
 - name: GALERNE_ENGINE_TOKEN
   valueFrom: {secretKeyRef: {name: {{ include "galerne.tokensSecret" $root }}, key: engine_token}}
 - name: VLLM_HOST_IP

@@ -90,7 +90,9 @@ class Ops:
     ) -> Ops:
         """The page of a configuration."""
         settings = config.prometheus
-        cluster = None if settings is None else Cluster(settings.url, settings.query_timeout_s, clock)
+        cluster = (
+            None if settings is None else Cluster(settings.url, settings.query_timeout_s, clock, release=config.release)
+        )
         own = Own(loads, holds, health, counts, in_flight)
         return cls(config, own, cluster, clock=clock)
 

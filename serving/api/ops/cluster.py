@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from serving.autoscaling.signals import Fetch, fetch_http
 from serving.metrics import rules
+from serving.metrics.release import matcher, scoped
 
 REFRESH_S: Final = 10.0
 WINDOW: Final = "1h"
@@ -51,7 +52,7 @@ REPLICA_SERIES: Final = {
     "kv_use": "vllm:kv_cache_usage_perc",
 }
 _NOW: Final = "|".join([*MODEL_SERIES.values(), *REPLICA_SERIES.values(), BURN])
-QUERIES: Final = {
+_QUERIES: Final = {
     "now": f'{{__name__=~"{_NOW}"}}',
     "gateways": f'count(up{{job="{rules.GATEWAY_JOB}"}} == 1)',
     "tenants": f'sum by (tenant, status) (increase(galerne_requests_total{{tenant!="none"}}[{WINDOW}]))',
@@ -59,6 +60,11 @@ QUERIES: Final = {
     "output_tokens": f"sum by (model) (increase(vllm:generation_tokens_total[{WINDOW}]))",
     "decisions": f'{{__name__=~"{TARGET}|{DECISIONS}"}}[{WINDOW}:{STEP_S}s]',
 }
+
+
+def queries(release: str) -> dict[str, str]:
+    """What is asked of a release, by the part of the page that it is for."""
+    return {name: scoped(expr, matcher(release)) for name, expr in _QUERIES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +111,11 @@ class Cluster:
         clock: Callable[[], float] = time.monotonic,
         fetch: Fetch = fetch_http,
         start: Callable[[Callable[[], None]], None] | None = None,
+        *,
+        release: str = "",
     ) -> None:
         """`start(refresh)` runs it elsewhere: a thread where absent."""
+        self._queries = queries(release)
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._clock = clock
@@ -127,7 +136,7 @@ class Cluster:
     def _refresh(self) -> None:
         asked_at_s = self._clock()
         try:
-            answers = {name: self._ask(query) for name, query in QUERIES.items()}
+            answers = {name: self._ask(query) for name, query in self._queries.items()}
             self._facts = replace(read(answers), asked_at_s=asked_at_s)
         except Exception as error:  # The page outlives whatever an answer holds.
             # Not the error's own words: they may hold the address, with what an operator put into it.
@@ -153,7 +162,7 @@ def _in_a_thread(call: Callable[[], None]) -> None:
 
 
 def read(answers: Mapping[str, list[Any]]) -> Facts:
-    """The facts in the answers to QUERIES; raises KeyError, TypeError or ValueError where they have another shape."""
+    """The facts in the answers to `queries`; raises KeyError, TypeError or ValueError where they have another shape."""
     names = {series: name for name, series in MODEL_SERIES.items()}
     replica_names = {series: name for name, series in REPLICA_SERIES.items()}
     models: dict[str, dict[str, float]] = {}

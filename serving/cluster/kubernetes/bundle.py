@@ -19,9 +19,10 @@ from serving.cluster.kubernetes.client import Client
 from serving.cluster.kubernetes.facts import unknown
 from serving.cluster.kubernetes.masking import MASK, Masker
 from serving.cluster.kubernetes.prometheus import Prometheus
-from serving.cluster.kubernetes.resources import PODS, Document, dig, name_of
+from serving.cluster.kubernetes.resources import PODS, RAY_SERVICES, Document, dig, name_of, release_of
 from serving.cluster.kubernetes.status import ATTAINMENT, LAST_DECISIONS, TARGET
 from serving.errors import ClusterError, KubernetesError
+from serving.metrics.release import matcher_of, scoped
 from serving.metrics.rules import COMPLETE, SAMPLED, SIGNALS
 
 # Of one container's log, and of all logs together.
@@ -81,7 +82,8 @@ def collect(
             bundle.left_out.append(f"{name}: {masker.text(str(error))}")
     pods = next((documents for name, documents in objects if name == PODS.plural), ())
     _logs(client, namespace, pods, bundle, masker, log_bytes, all_logs_bytes)
-    _metrics(prometheus, bundle, masker)
+    services = next((documents for name, documents in objects if name == RAY_SERVICES.plural), ())
+    _metrics(prometheus, matcher_of(release_of(service) for service in services), bundle, masker)
     bundle.files["manifest.json"] = bundle.manifest(facts, masker.cut)
     return bundle.files
 
@@ -157,12 +159,12 @@ def _containers(pod: Document) -> Iterator[tuple[str, int]]:
             yield name, restarts.get(name, 0)
 
 
-def _metrics(prometheus: Prometheus | None, bundle: Bundle, masker: Masker) -> None:
+def _metrics(prometheus: Prometheus | None, only: str, bundle: Bundle, masker: Masker) -> None:
     if prometheus is None:
         bundle.left_out.append("metrics: Prometheus was not named (--prometheus)")
         return
     for name, query in QUERIES.items():
-        body = prometheus.raw(query)
+        body = prometheus.raw(scoped(query, only))
         if body is None:
             bundle.left_out.append(f"metrics/{name}: {masker.text(prometheus.problem)}")
         else:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote
 
+from serving.config import ENV_RELEASE
+
 # One object, as JSON.
 Document = dict[str, Any]
 
@@ -74,6 +76,13 @@ def dig(document: Any, *path: str | int, default: Any = None) -> Any:
 def name_of(document: Document) -> str:
     """metadata.name."""
     return str(dig(document, "metadata", "name", default=""))
+
+
+def release_of(service: Document) -> str:
+    """The release's name among those that a Prometheus watches, as the pods of a RayService are told it; "": none."""
+    head = dig(service, "spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "containers", default=[])
+    told = (variable for container in head for variable in dig(container, "env", default=[]))
+    return next((str(dig(v, "value", default="")) for v in told if dig(v, "name") == ENV_RELEASE), "")
 
 
 def version_of(document: Document) -> str:

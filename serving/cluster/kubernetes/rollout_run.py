@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from serving.cluster.kubernetes.client import Client
 from serving.cluster.kubernetes.prometheus import Prometheus
-from serving.cluster.kubernetes.resources import LABEL_CLUSTER, PODS, RAY_SERVICES, Document, dig
+from serving.cluster.kubernetes.resources import LABEL_CLUSTER, PODS, RAY_SERVICES, Document, dig, release_of
 from serving.cluster.kubernetes.rollout import (
     ANNOTATION,
     FAILED,
@@ -31,6 +31,7 @@ from serving.cluster.kubernetes.rollout import (
 from serving.cluster.kubernetes.values import INCREMENTAL, NEW_CLUSTER
 from serving.cluster.kubernetes.versions import applied, in_place
 from serving.errors import ApiConflict, ApiUnreachable, ClusterError, KubernetesError
+from serving.metrics.release import matcher, scoped
 from serving.metrics.rules import ITL_MISSED, TTFT_MISSED
 
 # Figures of a share look back over its own time, within these bounds.
@@ -217,11 +218,12 @@ class Rollout:
         if self._prometheus is None or not candidate or state.phase in {"starting", "rolling-back"}:
             return seen
         window_s = int(min(max(seen.now_s - state.since_s, SHORTEST_WINDOW_S), LONGEST_WINDOW_S))
-        new = self._objectives(candidate, window_s)
-        old = self._objectives(state.origin, window_s) if state.origin != candidate else None
+        release = release_of(service)
+        new = self._objectives(candidate, window_s, release)
+        old = self._objectives(state.origin, window_s, release) if state.origin != candidate else None
         return replace(seen, new=new, old=old, problem=self._prometheus.problem if new is None else "")
 
-    def _objectives(self, cluster: str, window_s: int) -> tuple[Objective, ...] | None:
+    def _objectives(self, cluster: str, window_s: int, release: str) -> tuple[Objective, ...] | None:
         """Counted by the gateways of one Ray cluster, which are told apart by their pods' addresses."""
         if self._prometheus is None:
             return None
@@ -235,8 +237,9 @@ class Rollout:
             ("itl", ITL_MISSED, 'met="false"'),
             (FAILED, REQUESTS, 'status=~"5..|cut"'),
         ):
-            all_of = self._prometheus.query(increase(metric, "", addresses, self._models, window_s))
-            missed = self._prometheus.query(increase(metric, bad, addresses, self._models, window_s))
+            only = matcher(release)
+            all_of = self._prometheus.query(scoped(increase(metric, "", addresses, self._models, window_s), only))
+            missed = self._prometheus.query(scoped(increase(metric, bad, addresses, self._models, window_s), only))
             if all_of is None or missed is None:
                 return None
             requests = sum(sample.value for sample in all_of)

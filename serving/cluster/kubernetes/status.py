@@ -15,9 +15,18 @@ from serving.cluster.kubernetes.client import Client
 from serving.cluster.kubernetes.facts import unknown
 from serving.cluster.kubernetes.prometheus import Prometheus, Sample
 from serving.cluster.kubernetes.quantity import quantity
-from serving.cluster.kubernetes.resources import LABEL_CLUSTER, LABEL_GROUP, Document, Resource, dig, name_of
+from serving.cluster.kubernetes.resources import (
+    LABEL_CLUSTER,
+    LABEL_GROUP,
+    Document,
+    Resource,
+    dig,
+    name_of,
+    release_of,
+)
 from serving.cluster.names import APP, GATEWAY, deployment_name
 from serving.errors import KubernetesError
+from serving.metrics.release import matcher, scoped
 from serving.metrics.rules import READY, burn_record
 
 # Attainment is that of the last hour; the recording rule is of missed shares.
@@ -99,7 +108,7 @@ def read(client: Client, namespace: str, service: Document, prometheus: Promethe
 
     pods = listed(kinds.PODS, LABEL_CLUSTER)
     clusters = listed(kinds.RAY_CLUSTERS)
-    measured = _measured(prometheus, notes)
+    measured = _measured(prometheus, release_of(service), notes)
     return join(service, clusters, pods, measured, notes)
 
 
@@ -114,13 +123,13 @@ class Measured:
     engines: tuple[Sample, ...] | None = None
 
 
-def _measured(prometheus: Prometheus | None, notes: list[str]) -> Measured:
+def _measured(prometheus: Prometheus | None, release: str, notes: list[str]) -> Measured:
     if prometheus is None:
         notes.append("Prometheus was not asked (--prometheus): replicas, attainment and decisions are not known")
         return Measured()
     answers = []
     for query in (READY, TARGET, ATTAINMENT, LAST_DECISIONS, ENGINES):
-        found = prometheus.query(query)
+        found = prometheus.query(scoped(query, matcher(release)))
         if found is None:
             notes.append(f"{prometheus.problem}; replicas, attainment and decisions are not known")
             return Measured()

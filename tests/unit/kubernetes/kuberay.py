@@ -15,6 +15,8 @@ from tests.unit.kubernetes.server import ApiServer, Document
 
 NAMESPACE = "galerne"
 NAME = "galerne"
+RELEASE = "galerne/news"
+NAMED = {"name": "GALERNE_RELEASE", "value": RELEASE}
 HEALTHY = {
     "galerne": {
         "status": "RUNNING",
@@ -62,7 +64,7 @@ def service(strategy: str = "NewClusterWithIncrementalUpgrade", image: str = "re
             "rayClusterConfig": {
                 "rayVersion": "2.60.0",
                 "enableInTreeAutoscaling": True,
-                "headGroupSpec": {"template": {"spec": pod_spec(image)}},
+                "headGroupSpec": {"template": {"spec": pod_spec(image, env=[NAMED])}},
                 "workerGroupSpecs": groups,
             },
         },

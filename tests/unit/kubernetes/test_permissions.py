@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from serving.cluster.kubernetes.permissions import COMMANDS, Rule, roles
+from serving.metrics.release import matcher, scoped
 from tests.unit.kubernetes import kuberay
 from tests.unit.kubernetes.conftest import NAMESPACE
 from tests.unit.kubernetes.kuberay import NAME
@@ -148,6 +149,18 @@ def test_following_needs_to_watch(server: ApiServer, kubeconfig: Path, galerne: 
     code, _, err = galerne("status", "--watch", "--kubeconfig", str(kubeconfig))
     assert code == 1
     assert 'resources: ["rayservices"], verbs: ["watch"]' in err
+
+
+@pytest.mark.parametrize("command", ["status", "rollout", "support-bundle"])
+def test_prometheus_is_asked_of_this_release_alone(
+    server: ApiServer, runs: dict[str, Callable[[], str]], command: str
+) -> None:
+    runs[command]()
+    asked = {seen.query["query"] for seen in server.seen if seen.resource == "services/proxy"} - {"vector(1)"}
+    assert asked
+    for query in asked:
+        assert scoped(query, matcher(kuberay.RELEASE)) == query
+        assert matcher(kuberay.RELEASE) in query
 
 
 def test_there_is_no_wildcard_and_no_reading_of_secrets() -> None:
