@@ -118,6 +118,7 @@ def _ask(connection: http.client.HTTPConnection, key: str, messages: Sequence[Ma
         "model": REAL_MODEL["id"],
         "messages": messages,
         "max_tokens": OUTPUT_TOKENS,
+        "ignore_eos": True,
         "temperature": 0,
         "stream": True,
     }

@@ -152,7 +152,7 @@ class Leavers(threading.Thread):
 
     def _ask(self) -> socket.socket:
         body = (
-            f'{{"model":"{MODEL}","stream":true,"max_tokens":{2 * OUTPUT_TOKENS},"messages":'
+            f'{{"model":"{MODEL}","stream":true,"max_tokens":{2 * OUTPUT_TOKENS},"ignore_eos":true,"messages":'
             f'[{{"role":"user","content":"leaving {self._random.random()}"}}]}}'
         )
         connection = socket.create_connection((self._where.hostname or "", self._where.port or 80), timeout=5)

@@ -303,7 +303,7 @@ _REMOVED: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
         "the engine",
     ),
     (re.compile(r"[^.!?\n]*(?:--[a-z][\w\-]+|\bVLLM_\w+)[^.!?\n]*[.!?]?"), ""),
-    (re.compile(r"\bvLLM\b", re.I), "the engine"),
+    (re.compile(r"\b(?:vLLM|EngineCore|AsyncLLM|LLMEngine)\b", re.I), "the engine"),
     (re.compile(r"`"), "'"),
     (re.compile(r"\s+"), " "),
 )

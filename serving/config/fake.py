@@ -41,7 +41,10 @@ class FakeEngineConfig(Frozen):
     # Token ids of the vocabulary: 0 and up, fewer than this. Texts have ids all over the default's range.
     token_ids: Annotated[int, Field(ge=1, le=2**31)] = 2**31
     embedding_dimensions: PositiveInt = 384
-    # Output length of a request that sets none, tokens.
-    default_output_tokens: PositiveInt = 64
+    # Lengths of answers that end by themselves, tokens: log-normal, as those of chats, by the median and the standard
+    # deviation of the logarithm (0: all are as long). Drawn from the prompt, so the same prompt has the
+    # same answer. `max_tokens` cuts it off; with `ignore_eos` an answer is as long as `max_tokens`.
+    answer_tokens: PositiveInt = 160
+    answer_spread: Annotated[float, Field(ge=0, le=3)] = 0.8
     seed: int = 0
     faults: FakeFaults = FakeFaults()

@@ -20,6 +20,7 @@ from typing import Any
 from serving.config import ModelConfig
 from serving.engine import on_cpu, presets, vllm_guard, vllm_work
 from serving.engine.host_spec import HostSpec
+from serving.engine.late_head import LateHead
 from serving.engine.private_server import App
 from serving.engine.sources.adapters import rank
 from serving.engine.vllm_load import VllmLoad
@@ -47,10 +48,13 @@ class VllmEngine:
         """Load the model and build its app; raises EngineError with what is wrong."""
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
+        from vllm.tokenizers.registry import TokenizerRegistry
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = self._arguments()
+        # By its name alone: it is imported where a model has such a tokenizer.
+        TokenizerRegistry.tokenizers["mistral"] = ("serving.engine.mistral_tokenizer", "PatientMistralTokenizer")
         if not self._gpu:
             on_cpu.inspect_models_here()
         try:
@@ -79,7 +83,7 @@ class VllmEngine:
         except Exception as error:
             raise EngineError(str(error)) from None
         self._app = app
-        return app
+        return LateHead(app, _told)
 
     async def compile_s(self) -> float:
         """Seconds that compilation took of the start; workers compile beside each other."""
@@ -130,6 +134,14 @@ class VllmEngine:
 class _Arguments:
     engine: Any
     namespace: argparse.Namespace
+
+
+def _told(error: Exception) -> tuple[int, dict[str, Any]]:
+    """What vLLM says of an exception."""
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    found = create_error_response(error)
+    return int(found.error.code), found.model_dump()
 
 
 def engine_arguments(model: ModelConfig, weights: Path, *, gpu: bool) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Usage out of answers: what the engine says it counted, read from the bytes that pass, and taken out of a stream again
 where the client did not ask for it.
 
-Promises: a client that did not ask gets, byte for byte, what the engine would have sent without being asked; however
-the stream is cut into chunks. A token costs a look at the end of its event; only the last event is parsed. Of a whole
+Promises: a client that did not ask gets, byte for byte, what the engine would have sent without being asked; one that
+did gets `"usage":null` in every event before the last, as OpenAI's servers send it; however the stream is cut into
+chunks. Where a client asked for no token at all (`max_tokens: 0`), the one that the engine writes nevertheless is not
+counted. A token costs a look at the end of its event; only the last event is parsed. Of a whole
 answer a bounded part is kept.
 
 The engine leaves its fingerprint out of a stream's last token when a usage event follows, and puts it there. A stream
@@ -12,6 +14,8 @@ that loses its usage event gets the fingerprint back where it belongs. An engine
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -29,6 +33,10 @@ NEVER: Final = b"\0"
 RESPONSE_ENDS: Final = (b"event: response.completed\n", b"event: response.incomplete\n", b"event: response.failed\n")
 FINGERPRINT: Final = b',"system_fingerprint":'
 USAGE_KEY: Final = b'"usage":{'
+# Of an event that says of its usage nothing, or something: behind its last field, and what no text holds.
+NO_USAGE: Final = b',"usage":null}\n\n'
+ANY_USAGE: Final = b'"usage":'
+_WRITTEN: Final = re.compile(rb'("prompt_tokens":(\d+),"total_tokens":)(\d+)(,"completion_tokens":)(\d+)')
 # Up to here a whole answer is kept and parsed; of a larger one what follows `"usage":{`.
 WHOLE_BYTES: Final = 64 * 1024
 USAGE_BYTES: Final = 2048
@@ -143,12 +151,14 @@ class StreamMeter(Meter):
     of it, `feed` raises EngineFailed: how it says so, and in what words, is no client's.
     """
 
-    __slots__ = ("_held", "_keep", "_peer", "_plain")
+    __slots__ = ("_held", "_keep", "_nothing", "_peer", "_plain")
 
-    def __init__(self, peer: Peer, *, keep: bool) -> None:
+    def __init__(self, peer: Peer, *, keep: bool, nothing: bool = False) -> None:
+        """`nothing`: no token was asked for."""
         super().__init__()
         self._peer = peer
         self._keep = keep
+        self._nothing = nothing
         self._held: list[bytes] | None = None
         # How an event ends that is neither a choice's last nor usage: one such event needs no search.
         self._plain = NEVER
@@ -156,15 +166,20 @@ class StreamMeter(Meter):
     def feed(self, chunk: bytes) -> bytes:
         # One byte is found at memory's speed, two are not; JSON has no line end within.
         if chunk.endswith(self._plain) and chunk.find(LINE_END, 0, -2) < 0 and self._held is None:
-            return chunk
-        return self._searched(chunk)
+            return _without_usage(chunk) if self._keep else chunk
+        if not self._keep:
+            return self._searched(chunk)
+        return b"".join(map(_without_usage, _events(self._searched(chunk))))
 
     def _searched(self, chunk: bytes) -> bytes:
         if USAGE_EVENT in chunk:
             return self._last(chunk)
         # Within a text its quotes would be escaped.
         if (at := chunk.find(ERROR_EVENT)) >= 0:
-            raise EngineFailed(self.end() + chunk[:at], chunk[at:])
+            before = chunk[:at]
+            if self._keep:
+                before = b"".join(map(_without_usage, _events(before)))
+            raise EngineFailed(self.end() + before, chunk[at:])
         if self._held is not None:
             return self._hold(chunk)
         if FINISHED in chunk and not self._keep:
@@ -197,8 +212,10 @@ class StreamMeter(Meter):
                 continue
             self.usage = said.usage.usage()
             self.usage_events += 1
+            if self._nothing and self.usage is not None:
+                self.usage = replace(self.usage, completion_tokens=0)
             if self._keep:
-                kept.append(event)
+                kept.append(_unwritten(event) if self._nothing else event)
             else:
                 mark = said.system_fingerprint
                 self._peer.fingerprint = b"" if mark is None else FINGERPRINT + msgspec.json.encode(mark)
@@ -273,6 +290,45 @@ class WholeMeter(Meter):
         return b""
 
 
+class NothingMeter(WholeMeter):
+    """An answer in one piece of which no token was asked for: what it says of one is put right, length and all."""
+
+    __slots__ = ("_tail",)
+
+    def __init__(self) -> None:
+        super().__init__(first=False)
+        self._tail = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        self._tail += super().feed(chunk)
+        out, self._tail = self._tail[:-USAGE_BYTES], self._tail[-USAGE_BYTES:]
+        return out
+
+    def end(self) -> bytes:
+        super().end()
+        if self.usage is not None:
+            self.usage = replace(self.usage, completion_tokens=0)
+        at = self._tail.rfind(USAGE_KEY)
+        return self._tail if at < 0 else self._tail[:at] + _unwritten(self._tail[at:])
+
+
+def _unwritten(usage: bytes) -> bytes:
+    """A usage without the tokens of the answer, as long as before: the answer's length is told already."""
+
+    def none(found: re.Match[bytes]) -> bytes:
+        total, written = found[2].rjust(len(found[3])), b"0".rjust(len(found[5]))
+        return found[1] + total + found[4] + written
+
+    return _WRITTEN.sub(none, usage, count=1)
+
+
+def _without_usage(event: bytes) -> bytes:
+    """An event that says of usage that there is none yet; the end of a stream and the usage event as they are."""
+    if not event.startswith(b"data: {") or not event.endswith(b"}\n\n") or ANY_USAGE in event:
+        return event
+    return event[:-3] + NO_USAGE
+
+
 def _object_at(found: bytes) -> _Said | None:
     """The object that begins in `"usage":{`, whatever follows it."""
     start = len(USAGE_KEY) - 1
@@ -324,14 +380,17 @@ class Told(Protocol):
 FREE_PATHS: Final = frozenset({"/tokenize", "/detokenize"})
 RERANK: Final = "/v1/rerank"
 RESPONSES: Final = "/v1/responses"
+COMPLETIONS: Final = "/v1/completions"
 
 
 def meter(exchange: Told, peer: Peer, *, events: bool) -> Meter:
     """The reader of an exchange's answer; `events`: it is a stream."""
     if exchange.facts is None or exchange.path in FREE_PATHS:
         return Meter()
+    # vLLM writes one token at least, also where a completion is to echo its prompt alone.
+    nothing = exchange.facts.max_output_tokens == 0 and exchange.path == COMPLETIONS
     if not events:
-        return WholeMeter(first=exchange.path == RERANK)
+        return NothingMeter() if nothing else WholeMeter(first=exchange.path == RERANK)
     if exchange.path == RESPONSES:
         return ResponsesMeter()
-    return StreamMeter(peer, keep=exchange.facts.include_usage)
+    return StreamMeter(peer, keep=exchange.facts.include_usage, nothing=nothing)

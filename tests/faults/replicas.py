@@ -201,7 +201,13 @@ async def ask(port: int, key: str, max_tokens: int, *, stream: bool = True, **mo
     (another one), broken, or the status of a refusal.
     """
     message = {"role": "user", "content": "hello there"}
-    body = {"model": "chat", "messages": [message], "max_tokens": max_tokens, "stream": stream} | more
+    body = {
+        "model": "chat",
+        "messages": [message],
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "stream": stream,
+    } | more
     try:
         status, answer = await request(port, "POST", PATH, json.dumps(body).encode(), key)
     except (OSError, EOFError):

@@ -195,7 +195,7 @@ def test_answers_that_are_no_numbers_or_late_hold_the_scale(scaled: Scaled) -> N
 def test_a_stream_keeps_its_model_awake_and_then_it_sleeps(scaled: Scaled) -> None:
     awake_and_believed(scaled)
     # Longer than the rate's window and idle_s: only what runs keeps the model.
-    stream = scaled.ask(stream=True, max_tokens=2800)
+    stream = scaled.ask(stream=True, max_tokens=2800, ignore_eos=True)
     assert complete(stream)
     assert stream.text.count("data: ") > 2800
     until(lambda: scaled.engines() == 0, "the model asleep")

@@ -191,7 +191,9 @@ async def _begin(made: Rig, max_tokens: int) -> tuple[asyncio.StreamReader, asyn
     await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", made.port))
     reader, writer = await asyncio.open_connection(sock=client, limit=1024)
     message = {"role": "user", "content": "hello"}
-    body = json.dumps({"model": "chat", "messages": [message], "max_tokens": max_tokens, "stream": True}).encode()
+    body = json.dumps(
+        {"model": "chat", "messages": [message], "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    ).encode()
     writer.write(head("POST", PATH, len(body)) + body)
     return reader, writer
 

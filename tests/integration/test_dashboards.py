@@ -31,7 +31,7 @@ PROMPT, OUTPUT_TOKENS = "word " * 40, 12
 
 def _chat(model: str, *, stream: bool) -> dict[str, Any]:
     messages = [{"role": "user", "content": PROMPT}]
-    return {"model": model, "messages": messages, "max_tokens": OUTPUT_TOKENS, "stream": stream}
+    return {"model": model, "messages": messages, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True, "stream": stream}
 
 
 # key, path, body: what tenants do, and what they do wrong.

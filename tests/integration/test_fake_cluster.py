@@ -177,7 +177,12 @@ def test_zz_a_killed_replica_is_replaced_and_its_stream_ends_with_an_error_event
     engines = fake_cluster.state()["engines"]["vectors"]
     assert len(engines) == 1
     with OpenAI(base_url=f"{fake_cluster.url}/v1", api_key=KEY, max_retries=0) as client:
-        long = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4000}
+        long = {
+            "model": "chat",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 4000,
+            "ignore_eos": True,
+        }
         with httpx.stream(
             "POST", f"{fake_cluster.url}/v1/chat/completions", json=long | {"stream": True}, headers=AUTH, timeout=60
         ) as stream:

@@ -64,7 +64,13 @@ def test_every_token_has_its_row(fake_cluster: RunningCluster, tmp_path: Path) -
     with httpx.stream(
         "POST",
         f"{fake_cluster.url}/v1/chat/completions",
-        json={"model": "chat", "messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "stream": True},
+        json={
+            "model": "chat",
+            "messages": [{"role": "user", "content": "x"}],
+            "max_tokens": 900,
+            "ignore_eos": True,
+            "stream": True,
+        },
         headers={"authorization": f"Bearer {KEY}"},
         timeout=60,
     ) as left:

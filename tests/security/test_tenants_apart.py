@@ -130,7 +130,7 @@ async def test_no_error_echoes_internals() -> None:
         ("POST", COMPLETIONS, AUTH, json.dumps(CHAT | {"model": "secret"})),
         ("POST", COMPLETIONS, AUTH, json.dumps(CHAT | {"messages": "x" * 300_000})),
         ("POST", COMPLETIONS, AUTH, json.dumps(CHAT | {"messages": [{"role": 1}]})),
-        ("POST", COMPLETIONS, AUTH, json.dumps(CHAT | {"stream": True, "max_tokens": 500})),
+        ("POST", COMPLETIONS, AUTH, json.dumps(CHAT | {"stream": True, "max_tokens": 500, "ignore_eos": True})),
         ("POST", COMPLETIONS, AUTH, json.dumps(CHAT)),
     ]
     secrets = {TOKEN, KEY, digest(KEY), "sk-other", digest("sk-other"), "other"}

@@ -67,6 +67,12 @@ def stream(texts: list[str], usage: Usage | None, *, n: int, fingerprint: str | 
     return b"".join([*parts, b"data: [DONE]\n\n"])
 
 
+def told(asked: bytes) -> bytes:
+    """To a client that asked: every event but the last says that there is no usage yet."""
+    *events, last, done, _ = asked.split(b"\n\n")
+    return b"\n\n".join([*(event[:-1] + b',"usage":null}' for event in events), last, done, b""])
+
+
 def cut(data: bytes, places: Iterable[int]) -> Iterator[bytes]:
     """Chunks of whole events, as the relay hands them on."""
     events = [e + b"\n\n" for e in data.split(b"\n\n")[:-1]]
@@ -108,7 +114,7 @@ def test_a_stream_looks_as_if_nobody_had_asked(
         )
     meter = answers.meter(Exchange(facts=facts(include_usage=include)), peer, events=True)
     asked = stream(texts, usage, n=n, fingerprint=fingerprint)
-    wanted = asked if include else stream(texts, None, n=n, fingerprint=fingerprint)
+    wanted = told(asked) if include else stream(texts, None, n=n, fingerprint=fingerprint)
     assert relayed(meter, cut(asked, places)) == wanted
     assert meter.usage == usage
     assert meter.usage_events == 1
@@ -161,3 +167,34 @@ def test_what_waits_for_a_fingerprint_is_bounded() -> None:
     large = event(chunk("x" * (answers.HELD_BYTES // 2), "stop"))
     assert meter.feed(large) == b""
     assert meter.feed(large) + meter.feed(large) == large * 3
+
+
+def test_usage_that_is_said_all_along_stays() -> None:
+    meter = answers.meter(Exchange(facts=facts(include_usage=True)), Peer(), events=True)
+    running = event(chunk("a") | {"usage": {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1}})
+    assert relayed(meter, [running, running + running]) == running * 3
+
+
+@given(
+    st.integers(0, 10**6), st.integers(0, 12), st.lists(st.integers(0, 9000), max_size=5), st.sampled_from([0, 5000])
+)
+def test_of_an_answer_without_tokens_none_is_counted(prompt: int, written: int, places: list[int], size: int) -> None:
+    usage = {"prompt_tokens": prompt, "total_tokens": prompt + written, "completion_tokens": written}
+    usage_text = json.dumps(usage, separators=(",", ":"))
+    body = {"text": "x" * size + usage_text, "usage": usage | {"prompt_tokens_details": {"cached_tokens": 0}}}
+    data = json.dumps(body, separators=(",", ":")).encode()
+    bounds = [0, *sorted(p % (len(data) + 1) for p in places), len(data)]
+    chunks = [data[a:b] for a, b in pairwise(bounds) if b > a]
+    exchange = Exchange("/v1/completions", RequestFacts("m", False, False, 10, 0, 1))
+    meter = answers.meter(exchange, Peer(), events=False)
+    out = relayed(meter, chunks)
+    assert len(out) == len(data)
+    assert json.loads(out) == body | {
+        "usage": usage | {"total_tokens": prompt, "completion_tokens": 0, "prompt_tokens_details": {"cached_tokens": 0}}
+    }
+    assert meter.usage == Usage(prompt, 0, 0)
+    streamed = Exchange("/v1/completions", RequestFacts("m", True, True, 10, 0, 1))
+    meter = answers.meter(streamed, Peer(), events=True)
+    last = relayed(meter, [event({"choices": [], "usage": usage})])
+    assert json.loads(last.removeprefix(b"data: "))["usage"] == usage | {"total_tokens": prompt, "completion_tokens": 0}
+    assert meter.usage == Usage(prompt, 0, 0)

@@ -203,7 +203,9 @@ async def test_refused_requests_have_no_row(ledger: Kept) -> None:
 async def test_an_engine_that_broke_off_is_asked(ledger: Kept) -> None:
     broken = FakeEngineConfig(decode_ms=1, faults=FakeFaults(cut_after_bytes=2000))
     async with rig(broken, ledger=ledger) as made:
-        await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT | {"stream": True, "max_tokens": 300})
+        await made.http.post(
+            COMPLETIONS, headers=AUTH, json=CHAT | {"stream": True, "max_tokens": 300, "ignore_eos": True}
+        )
         (row,) = await complete(ledger, 1)
         engine = await counted(made.engines[0])
     assert (row.exact, row.outcome) == (True, "failed")
@@ -213,7 +215,7 @@ async def test_an_engine_that_broke_off_is_asked(ledger: Kept) -> None:
 async def test_an_engine_that_is_gone_leaves_a_guess(tmp_path: Path) -> None:
     ledger = Kept(tmp_path, flush_s=0.4)
     async with rig(FakeEngineConfig(decode_ms=5), ledger=ledger) as made:
-        body = CHAT | {"stream": True, "max_tokens": 3000}
+        body = CHAT | {"stream": True, "max_tokens": 3000, "ignore_eos": True}
         async with made.http.stream("POST", COMPLETIONS, headers=AUTH, json=body) as stream:
             lines = stream.aiter_lines()
             for _ in range(12):

@@ -147,7 +147,9 @@ async def test_bodies_of_many_prompts_take_slots_of_the_gateway_and_tokens_of_th
         assert reserved >= 64 * 20
         assert (await second).status_code == 200
         # As many answers as the limit does not have tokens for.
-        large = await made.http.post("/v1/completions", headers=AUTH, json=body | {"max_tokens": 200})
+        large = await made.http.post(
+            "/v1/completions", headers=AUTH, json=body | {"max_tokens": 200, "ignore_eos": True}
+        )
         assert large.status_code == 429
         assert "Request too large" in large.json()["error"]["message"]
         assert large.headers["x-should-retry"] == "false"
@@ -218,7 +220,7 @@ async def test_what_is_only_expected_to_be_too_large_waits_for_its_minute() -> N
         assert again.status_code == 429
         assert 0 < int(again.headers["retry-after"]) <= 61
         assert "x-should-retry" not in again.headers
-        named = await made.http.post(COMPLETIONS, headers=OTHER, json=CHAT | {"max_tokens": 1000})
+        named = await made.http.post(COMPLETIONS, headers=OTHER, json=CHAT | {"max_tokens": 1000, "ignore_eos": True})
         assert "Request too large" in named.json()["error"]["message"]
         assert named.headers["x-should-retry"] == "false"
 

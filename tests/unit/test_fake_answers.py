@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.config import FakeEngineConfig
 from serving.engine.fake import plan, tokens
+from serving.engine.fake.plan import Wanted
 from serving.engine.fake.pooling import embedding, relevance
 from serving.engine.fake.protocol import Message, RefusalError
 from serving.engine.fake.schema import instance
@@ -50,6 +52,41 @@ def test_equal_prompts_give_equal_answers_and_other_ones_do_not() -> None:
     ]
     assert answer not in others
     assert {len(piece) for piece in answer} == {tokens.TOKEN_BYTES}
+
+
+def test_answers_are_as_long_as_answers_are() -> None:
+    lengths = sorted(tokens.drawn_length(f"p{i}".encode(), 160, 0.8, seed=0, choice=0) for i in range(2000))
+    assert 140 < lengths[1000] < 180
+    assert lengths[100] < 80
+    assert 400 < lengths[1900] < 900
+    # The same in every process, and another of another choice or seed.
+    drawn = {
+        (seed, choice): tokens.drawn_length(b"p", 160, 0.8, seed=seed, choice=choice)
+        for seed in (0, 1)
+        for choice in (0, 1)
+    }
+    assert drawn[0, 0] == 791
+    assert len(set(drawn.values())) == 4
+    assert tokens.drawn_length(b"p", 160, 0.0, seed=0, choice=0) == 160
+
+
+@pytest.mark.parametrize(
+    ("wanted", "length", "reason"),
+    [
+        (Wanted(), 160, "stop"),
+        (Wanted(max_tokens=64_000), 160, "stop"),
+        (Wanted(max_tokens=160), 160, "stop"),
+        (Wanted(max_tokens=20), 20, "length"),
+        (Wanted(max_tokens=500, min_tokens=300), 300, "stop"),
+        (Wanted(max_tokens=500, ignore_eos=True), 500, "length"),
+        (Wanted(ignore_eos=True), 999, "length"),
+    ],
+)
+def test_what_ends_an_answer(wanted: Wanted, length: int, reason: str) -> None:
+    (choice,) = plan.plan(
+        b"prom", wanted, FakeEngineConfig(answer_spread=0), 1000 if wanted.max_tokens is None else 10**6
+    )
+    assert (len(choice.pieces), choice.finish_reason) == (length, reason)
 
 
 def test_block_hashes_cover_everything_before_and_the_salt() -> None:

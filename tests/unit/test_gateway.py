@@ -296,7 +296,7 @@ async def test_sequential_requests_share_one_connection() -> None:
 
 async def test_a_client_that_leaves_frees_the_engine() -> None:
     async with rig(FakeEngineConfig(decode_ms=20)) as made:
-        body = CHAT | {"stream": True, "max_tokens": 5000}
+        body = CHAT | {"stream": True, "max_tokens": 5000, "ignore_eos": True}
         async with made.http.stream("POST", COMPLETIONS, headers=AUTH, json=body) as stream:
             await anext(stream.aiter_bytes())
             assert made.engines[0].gate.in_flight == 1
@@ -307,7 +307,7 @@ async def test_a_client_that_leaves_frees_the_engine() -> None:
 async def test_a_cut_stream_ends_with_an_error_event() -> None:
     broken = FakeEngineConfig(decode_ms=1, faults=FakeFaults(cut_after_bytes=2000))
     async with rig(broken) as made:
-        body = CHAT | {"stream": True, "max_tokens": 500}
+        body = CHAT | {"stream": True, "max_tokens": 500, "ignore_eos": True}
         answer = await made.http.post(COMPLETIONS, headers=AUTH, json=body)
         events = [line for line in answer.text.splitlines() if line]
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "stream_cut"
@@ -365,7 +365,7 @@ async def test_a_replica_that_leaves_finishes_its_stream() -> None:
 
 async def test_overload_is_a_503() -> None:
     async with rig(FakeEngineConfig(decode_ms=20), max_ongoing_requests=1) as made:
-        body = CHAT | {"stream": True, "max_tokens": 200}
+        body = CHAT | {"stream": True, "max_tokens": 200, "ignore_eos": True}
         async with made.http.stream("POST", COMPLETIONS, headers=AUTH, json=body) as stream:
             await anext(stream.aiter_bytes())
             answer = await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT)

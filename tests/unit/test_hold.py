@@ -369,10 +369,15 @@ async def test_a_held_stream_hears_that_it_is_held() -> None:
         (None, {}, "model_not_ready", "rejected"),
         (FakeEngineConfig(faults=FakeFaults(error_rate=1.0)), {}, "engine_failed", "failed"),
         # The engine itself refuses: longer than its context.
-        (FakeEngineConfig(max_model_len=4), {"max_tokens": 4000}, "context_length_exceeded", "completed"),
+        (
+            FakeEngineConfig(max_model_len=4),
+            {"max_tokens": 4000, "ignore_eos": True},
+            "context_length_exceeded",
+            "completed",
+        ),
         (
             FakeEngineConfig(decode_ms=1, faults=FakeFaults(cut_after_bytes=2000)),
-            {"max_tokens": 500},
+            {"max_tokens": 500, "ignore_eos": True},
             "stream_cut",
             "failed",
         ),

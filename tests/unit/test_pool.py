@@ -51,7 +51,7 @@ async def test_connections_are_kept_until_the_engine_is_dropped_and_no_more_afte
 async def test_who_asks_an_engine_that_has_left_about_a_bill_leaves_nothing_behind(tmp_path: Path) -> None:
     ledger = Kept(tmp_path)
     async with rig(FakeEngineConfig(decode_ms=20), ledger=ledger) as made:
-        body = CHAT | {"stream": True, "max_tokens": 500}
+        body = CHAT | {"stream": True, "max_tokens": 500, "ignore_eos": True}
         async with made.http.stream("POST", COMPLETIONS, headers=AUTH, json=body) as stream:
             await anext(stream.aiter_lines())
             assert made.gateway._pool.engines() == set(made.endpoints)

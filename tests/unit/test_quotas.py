@@ -426,14 +426,14 @@ async def test_a_tenants_quota_through_the_gateway() -> None:
 async def test_max_tokens_is_a_ceiling_and_no_demand() -> None:
     async with rig(FAST, tenant={"quota": {"tokens_per_minute": 1000, "tokens_per_day": 100_000}}, chat={}) as made:
         # Eight answers to each of eight prompts are expected to take more than there is, and the request allows it.
-        large = {"model": "chat", "prompt": ["hello"] * 8, "n": 8, "max_tokens": 1500}
+        large = {"model": "chat", "prompt": ["hello"] * 8, "n": 8, "max_tokens": 1500, "ignore_eos": True}
         refused = await made.http.post("/v1/completions", headers=AUTH, json=large)
         assert refused.status_code == 429, refused.text
         assert "Request too large" in refused.json()["error"]["message"]
         assert "retry-after" not in refused.headers
         assert refused.headers["x-should-retry"] == "false"
         # One answer is expected to be as long as answers are, whatever it may be.
-        answer = await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT | {"max_tokens": 1500})
+        answer = await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT | {"max_tokens": 1500, "ignore_eos": True})
         assert answer.status_code == 200, answer.text
         assert int(answer.headers["x-ratelimit-remaining-tokens"]) > 500
         # It has written more than the limit all the same: that is paid back within the minute.
@@ -446,7 +446,7 @@ async def test_max_tokens_is_a_ceiling_and_no_demand() -> None:
 async def test_concurrent_requests_are_given_back_when_they_end_or_their_client_leaves() -> None:
     slow = FakeEngineConfig(decode_ms=20)
     async with rig(slow, tenant={"quota": {"concurrent_requests": 1}}, chat={}) as made:
-        body = CHAT | {"stream": True, "max_tokens": 5000}
+        body = CHAT | {"stream": True, "max_tokens": 5000, "ignore_eos": True}
         async with made.http.stream("POST", COMPLETIONS, headers=AUTH, json=body) as stream:
             await anext(stream.aiter_bytes())
             assert (await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT)).status_code == 429

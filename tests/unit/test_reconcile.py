@@ -143,7 +143,7 @@ async def test_engines_and_ledger_agree(home: Path, monkeypatch: pytest.MonkeyPa
         for body in (CHAT, CHAT | {"n": 3}, CHAT | {"stream": True, "n": 2}, CHAT | {"stream": True}):
             assert (await made_rig.http.post(COMPLETIONS, headers=AUTH, json=body)).status_code == 200
         async with made_rig.http.stream(
-            "POST", COMPLETIONS, headers=AUTH, json=CHAT | {"stream": True, "max_tokens": 9000}
+            "POST", COMPLETIONS, headers=AUTH, json=CHAT | {"stream": True, "max_tokens": 9000, "ignore_eos": True}
         ) as s:
             await anext(s.aiter_bytes())
             found = await invoke("usage", "reconcile", "--json")

@@ -149,7 +149,7 @@ print(json.dumps([before, held, resident_bytes()]))
 async def test_a_gateway_that_sheds_answers_503_and_goes_on_with_what_it_has() -> None:
     async with rig(FakeEngineConfig(decode_ms=20), faults={"shed_memory_bytes": 1}) as made:
         made.gateway.start()
-        body = CHAT | {"stream": True, "max_tokens": 2000}
+        body = CHAT | {"stream": True, "max_tokens": 2000, "ignore_eos": True}
         async with contextlib.AsyncExitStack() as streams:
             begun = []
             for _ in range(LEAST_IN_FLIGHT):

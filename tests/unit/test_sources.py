@@ -120,6 +120,10 @@ def test_random_options() -> None:
     assert parse("mistral") == Options(hidden=256, layers=4, heads=4, kv_heads=2, seed=0)
     assert parse("mistral?") == Options()
     assert parse("mistral?seed=7&heads=8") == Options(heads=8, seed=7)
+    own = parse("mistral?mistral_tokenizer=1")
+    assert own == Options(mistral_tokenizer=1)
+    assert own.slug != Options().slug
+    assert own.shapes["lm_head.weight"] == (32768, 256)
     assert parse("mistral?seed=7").slug != parse("mistral").slug
 
 

@@ -209,9 +209,11 @@ async def test_a_cut_stream_and_a_client_that_left_say_so() -> None:
     with collector() as made:
         tracing = {"otlp_endpoint": made.url, "sample_ratio": 1.0}
         async with rig(tracing, FakeEngineConfig(decode_ms=1, faults=FakeFaults(cut_after_bytes=2000))) as (http, _):
-            await http.post(COMPLETIONS, json=CHAT | {"stream": True, "max_tokens": 500})
+            await http.post(COMPLETIONS, json=CHAT | {"stream": True, "max_tokens": 500, "ignore_eos": True})
         async with rig(tracing, FakeEngineConfig(decode_ms=20)) as (http, _):
-            async with http.stream("POST", COMPLETIONS, json=CHAT | {"stream": True, "max_tokens": 5000}) as stream:
+            async with http.stream(
+                "POST", COMPLETIONS, json=CHAT | {"stream": True, "max_tokens": 5000, "ignore_eos": True}
+            ) as stream:
                 await anext(stream.aiter_bytes())
             await asyncio.sleep(0.1)
         assert sorted(attributes(s)["galerne.outcome"] for s in made.spans()) == ["cancelled", "failed"]

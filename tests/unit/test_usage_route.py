@@ -353,7 +353,7 @@ async def until_written(told: LedgerSettings, rows: int) -> None:
 
 async def test_what_waits_and_is_in_flight_is_ones_own(told: LedgerSettings) -> None:
     async with billed(told, FakeEngineConfig(decode_ms=5)) as made_rig:
-        body = CHAT | {"stream": True, "max_tokens": 9000}
+        body = CHAT | {"stream": True, "max_tokens": 9000, "ignore_eos": True}
         async with made_rig.http.stream("POST", COMPLETIONS, headers=AUTH, json=body) as running:
             assert running.status_code == 200
             chunks = running.aiter_bytes()

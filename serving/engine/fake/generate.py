@@ -170,6 +170,7 @@ def _wanted(engine: Engine, request: GenerationRequest, max_tokens: int | None, 
         n=request.n or 1,
         max_tokens=max_tokens,
         min_tokens=request.min_tokens or 0,
+        ignore_eos=bool(request.ignore_eos),
         text=text,
         cache_salt=engine.salt(request),
     )

@@ -40,6 +40,7 @@ class Wanted:
     n: int = 1
     max_tokens: int | None = None
     min_tokens: int = 0
+    ignore_eos: bool = False
     text: str | None = None
     cache_salt: str | None = None
 
@@ -49,8 +50,8 @@ def plan(
 ) -> list[Choice]:
     """The `n` answers to a prompt. Raises RefusalError 400 where prompt and answer exceed the context.
 
-    An answer has `max_tokens` tokens and ends for "length"; where the client set none it has the
-    configured number and ends for "stop", as does a given text that fits.
+    An answer ends for "stop" after a drawn number of tokens, or for "length" where the client's bound or the context
+    comes first; one that is given word for word likewise.
     """
     prompt_tokens = tokens.count(prompt)
     _check_length(prompt_tokens, wanted.max_tokens or 1, max_model_len)
@@ -98,12 +99,11 @@ def _answer(prompt: bytes, wanted: Wanted, config: FakeEngineConfig, room: int, 
         pieces = tokens.pieces(wanted.text)
         limit = min(room, wanted.max_tokens or room)
         return pieces[:limit], "stop" if len(pieces) <= limit else "length"
-    if wanted.max_tokens is not None:
-        length, reason = wanted.max_tokens, "length"
-    else:
-        length, reason = max(config.default_output_tokens, wanted.min_tokens), "stop"
-        if length > room:
-            length, reason = room, "length"
+    length, reason = room if wanted.max_tokens is None else wanted.max_tokens, "length"
+    if not wanted.ignore_eos:
+        drawn = tokens.drawn_length(prompt, config.answer_tokens, config.answer_spread, seed=config.seed, choice=index)
+        if (own := max(drawn, wanted.min_tokens)) <= length:
+            length, reason = own, "stop"
     return tokens.words(prompt, length, seed=config.seed, choice=index), reason
 
 

@@ -57,6 +57,7 @@ class GenerationRequest(Request, kw_only=True):
 
     max_tokens: PositiveCount | None = None
     min_tokens: Count | None = None
+    ignore_eos: bool | None = None
     n: PositiveCount | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -84,6 +85,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     """POST /v1/completions."""
 
     prompt: Prompt
+    # vLLM's default, of this route alone; null is no bound.
+    max_tokens: PositiveCount | None = 16
 
 
 class ResponsesRequest(Request, kw_only=True):
@@ -93,6 +96,7 @@ class ResponsesRequest(Request, kw_only=True):
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: PositiveCount | None = None
+    ignore_eos: bool | None = None
     stream: bool | None = None
     text: dict[str, Any] | None = None
     temperature: float | None = None

@@ -195,6 +195,7 @@ async def responses(engine: Engine, exchange: Exchange) -> None:
     call = plan.tool_call(tools, tool_choice, turns)
     wanted = Wanted(
         max_tokens=request.max_output_tokens,
+        ignore_eos=bool(request.ignore_eos),
         text=call[1] if call else plan.structured_text((request.text or {}).get("format")),
         cache_salt=engine.salt(request),
     )

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Iterable
+from statistics import NormalDist
 
 TOKEN_BYTES = 4
 MAX_TOKEN_ID = 2**32 - 1
@@ -83,6 +85,15 @@ def block_hashes(tokens: bytes, block_tokens: int, cache_salt: str | None) -> tu
         chain = hash((chain, tokens[start : start + size]))
         hashes.append(chain)
     return tuple(hashes)
+
+
+def drawn_length(prompt: bytes, median_tokens: int, spread: float, *, seed: int, choice: int) -> int:
+    """How long the answer to a prompt is, log-normal: the same for the same arguments, in every process."""
+    digest = hashlib.shake_128(prompt, usedforsecurity=False)
+    digest.update(f"{seed}/{choice}/length".encode())
+    # Never 0 or 1, of which a normal distribution has no quantile.
+    quantile = (int.from_bytes(digest.digest(4), "little") + 0.5) / 2**32
+    return max(1, round(median_tokens * math.exp(spread * NormalDist().inv_cdf(quantile))))
 
 
 def words(prompt: bytes, length_tokens: int, *, seed: int, choice: int) -> list[bytes]:

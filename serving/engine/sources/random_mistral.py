@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from functools import partial
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from serving.engine.sources.safetensors_file import Tensor
 
 CONTEXT_TOKENS = 4096
 WEIGHT_STD = 0.02  # transformers' initializer_range
+# Mistral's own tokenizer, as mistral-common names it (vLLM needs that package), and its special tokens.
+OWN_TOKENIZER = "mistral_instruct_tokenizer_240323.model.v3"
+OWN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -44,12 +48,16 @@ def make(tokenizer: Path, out: Path, options: Options, written: Callable[[int, i
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "tie_word_embeddings": False,
-        "vocab_size": VOCABULARY,
-        **{key: donor[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        "vocab_size": options.vocabulary,
+        **(OWN_IDS if options.mistral_tokenizer else {key: donor[key] for key in OWN_IDS}),
     }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(tokenizer / name, out / name)
+    if options.mistral_tokenizer:
+        own = resources.files("mistral_common") / "data" / OWN_TOKENIZER
+        (out / "tokenizer.model.v3").write_bytes(own.read_bytes())
+    else:
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(tokenizer / name, out / name)
     generator = np.random.Generator(np.random.PCG64(options.seed))
     tensors = [
         Tensor(name, shape, partial(_ones if len(shape) == 1 else partial(_normal, generator), shape))

@@ -13,8 +13,18 @@ from urllib.parse import parse_qsl
 FAMILY = "mistral"
 # SmolLM2's, whose tokenizer it borrows.
 VOCABULARY = 49152
+# Of Mistral's own, version 3, which mistral-common brings.
+OWN_VOCABULARY = 32768
 LORA = "lora"
-_MAX = {"hidden": 4096, "layers": 64, "heads": 64, "kv_heads": 64, "seed": 2**31 - 1, "rank": 256}
+_MAX = {
+    "hidden": 4096,
+    "layers": 64,
+    "heads": 64,
+    "kv_heads": 64,
+    "seed": 2**31 - 1,
+    "rank": 256,
+    "mistral_tokenizer": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,13 @@ class Options:
     heads: int = 4
     kv_heads: int = 2
     seed: int = 0
+    # 1: Mistral's own tokenizer, which vLLM reads with `tokenizer_mode: mistral`, in place of the borrowed one.
+    mistral_tokenizer: int = 0
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return OWN_VOCABULARY if self.mistral_tokenizer else VOCABULARY
 
     @property
     def head_dim(self) -> int:
@@ -53,10 +70,10 @@ class Options:
             "mlp.down_proj": (hidden, wide),
         }
         return {
-            "model.embed_tokens.weight": (VOCABULARY, hidden),
+            "model.embed_tokens.weight": (self.vocabulary, hidden),
             **{f"model.layers.{i}.{name}.weight": shape for i in range(self.layers) for name, shape in layer.items()},
             "model.norm.weight": (hidden,),
-            "lm_head.weight": (VOCABULARY, hidden),
+            "lm_head.weight": (self.vocabulary, hidden),
         }
 
     @property
@@ -67,7 +84,8 @@ class Options:
     @property
     def slug(self) -> str:
         """A directory name that tells all options."""
-        return f"{FAMILY}-h{self.hidden}-l{self.layers}-a{self.heads}-k{self.kv_heads}-s{self.seed}"
+        own = "-m" if self.mistral_tokenizer else ""
+        return f"{FAMILY}-h{self.hidden}-l{self.layers}-a{self.heads}-k{self.kv_heads}-s{self.seed}{own}"
 
     def to_json(self) -> str:
         """For the converter process."""
@@ -107,7 +125,7 @@ def _given(rest: str, kind: str, options: type[Options]) -> dict[str, int]:
             raise ValueError(f"option {name!r} is not known; allowed: {', '.join(names)}")
         if name in given:
             raise ValueError(f"option {name!r} appears twice")
-        low = 0 if name == "seed" else 1
+        low = 0 if name in {"seed", "mistral_tokenizer"} else 1
         if not (text.isascii() and text.isdecimal() and low <= int(text) <= _MAX[name]):
             raise ValueError(f"option {name}={text!r} must be a whole number from {low} to {_MAX[name]}")
         given[name] = int(text)
