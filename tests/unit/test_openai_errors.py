@@ -30,7 +30,7 @@ CASES: list[tuple[RequestError, type[openai.APIStatusError]]] = [
     (Unauthenticated("The API key is not valid."), openai.AuthenticationError),
     (Forbidden("Not for this key."), openai.PermissionDeniedError),
     (NotFound("There is no such model.", code="model_not_found", param="model"), openai.NotFoundError),
-    (MethodNotAllowed("Use POST."), openai.APIStatusError),
+    (MethodNotAllowed("Use POST.", allow=("POST",)), openai.APIStatusError),
     (RequestTimeout("The body did not arrive."), openai.APIStatusError),
     (PayloadTooLarge("At most 4 MiB."), openai.APIStatusError),
     (HeadersTooLarge("At most 8 KiB."), openai.APIStatusError),
