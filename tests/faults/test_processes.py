@@ -1,0 +1,131 @@
+"""Every kind of process, killed and stopped under load: what clients saw, what the ledger says, how long it lasted.
+
+Streams and whole answers without a pause, each with an id. Whatever dies, a request completes, or its client can see
+that it did not; each that a gateway accepted and lived to tell has one row in the ledger, of the same outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serving.config import ENV_LEDGER_DIR, LedgerConfig
+from serving.metering.settings import settings
+from serving.metering.spill import Spill
+from serving.metering.writer import Writer
+from tests.faults.blows import BACK_S, SIGNALS, given_to_one_other, retries, struck, tell, whole
+from tests.faults.books import balanced
+from tests.faults.cluster import Cluster
+from tests.faults.kinds import KINDS, VITAL, Kind
+from tests.faults.traffic import traffic
+from tests.integration.conftest import CONFIGS, FAKE_START_TIMEOUT_S
+from tests.integration.running import KEY, cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(600)]
+
+CONFIG = CONFIGS / "faults-processes.yaml"
+REPLICAS, GATEWAYS = 3, 2
+CLIENTS = 12
+# 50 tokens, 40 ms each: six streams and six whole answers of two seconds.
+TOKENS = 50
+# What a killed HAProxy may cost: its process is started again at once; the rest is for a machine that does more.
+HAPROXY_BACK_S = 5.0
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ledger") / "galerne.db"
+
+
+@pytest.fixture(scope="module")
+def broken(ledger: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENV_LEDGER_DIR, str(ledger.parent))
+        with cluster(CONFIG, tmp_path_factory.mktemp("processes"), FAKE_START_TIMEOUT_S) as running:
+            yield Cluster(running, CONFIG)
+
+
+def usage(broken: Cluster) -> int:
+    """Ask the ledger through a gateway, which starts its reader; the status."""
+    request = urllib.request.Request(
+        f"{broken.running.url}/v1/usage?start_time=1700000000", headers={"authorization": f"Bearer {KEY}"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return int(answer.status)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name.replace(" ", "-"))
+async def test_one_of_a_kind(broken: Cluster, ledger: Path, kind: Kind, number: signal.Signals) -> None:
+    await whole(broken, REPLICAS, GATEWAYS)
+    if kind.name == "ledger reader":
+        assert await asyncio.to_thread(usage, broken) == 200
+    engines, sent = broken.engines(), retries(broken)
+    load, books, outage_s = await struck(broken, ledger, kind, number, CLIENTS, TOKENS)
+    tell(kind, number, load, books, first_answer_s=round(outage_s, 2))
+    allowed = kind.killed if number == signal.SIGKILL else kind.stopped
+    assert books.clients.keys() <= allowed
+    assert "silent" not in books.clients
+    if kind.name == "HAProxy" and number == signal.SIGKILL:
+        assert outage_s < HAPROXY_BACK_S
+        assert books.clients.get("lost", 0) <= CLIENTS
+    if kind.name == "engine replica":
+        given_to_one_other(broken, books, engines, sent)
+    if kind.name == "ledger reader":
+        assert await asyncio.to_thread(usage, broken) == 200
+
+
+@pytest.mark.parametrize("kind", VITAL, ids=lambda kind: kind.name.replace(" ", "-"))
+async def test_one_that_the_cluster_needs_is_stopped(broken: Cluster, ledger: Path, kind: Kind) -> None:
+    await whole(broken, REPLICAS, GATEWAYS)
+    load, books, _ = await struck(broken, ledger, kind, signal.SIGSTOP, CLIENTS, TOKENS)
+    tell(kind, signal.SIGSTOP, load, books)
+    assert books.clients.keys() == {"completed"}
+
+
+@pytest.mark.parametrize("kind", VITAL, ids=lambda kind: kind.name.replace(" ", "-"))
+async def test_one_that_the_cluster_needs_is_killed(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service ends, soon, says why, leaves nothing behind, and every request is accounted for."""
+    monkeypatch.setenv(ENV_LEDGER_DIR, str(tmp_path))
+    with cluster(CONFIG, tmp_path, FAKE_START_TIMEOUT_S) as running:
+        made = Cluster(running, CONFIG)
+        await whole(made, REPLICAS, GATEWAYS)
+        every = made.running.processes()
+        async with traffic(made.port, KEY, CLIENTS, TOKENS) as load:
+            await made.until(lambda: len(load.answers) >= 2 * CLIENTS, "answers before the blow")
+            moment_s = load.now_s()
+            kind.find(made)[0].kill()
+            await made.until(lambda: running.process.poll() is not None, "the command's end", BACK_S)
+            ended_s = load.now_s() - moment_s
+            await made.until(lambda: load.under_way == 0 or bool(load.begun_since(moment_s + ended_s)), "last answers")
+        await made.until(lambda: not any(map(_runs, every)), "every process's end")
+        gone_s = load.now_s() - moment_s
+        said = running.log.read_text()
+        status = running.process.returncode
+    # What a killed cluster left in its spill is the next one's to write.
+    kept = settings(LedgerConfig(), os.environ)
+    writer = Writer(Spill(kept.spill_dir), kept.url, pytest.fail)
+    writer.drain()
+    writer.close()
+    books = await balanced(tmp_path / "galerne.db", load, may_miss=True)
+    tell(kind, signal.SIGKILL, load, books, ended_s=round(ended_s, 1), gone_s=round(gone_s, 1), status=status)
+    assert "silent" not in books.clients
+    assert books.clients.keys() <= kind.killed
+    assert status != 0
+    assert ("the serving process was killed" if kind.name == "galerne serve" else "has ended, so nothing") in said
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
