@@ -294,6 +294,48 @@ def drain(
     sys.exit(0 if complete(reports) else NO)
 
 
+@app.command()
+def free(
+    after_s: Annotated[
+        float, typer.Option(min=0.0, help="What was asked to go less long ago is left to the operator.")
+    ] = 360.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what hangs and why, and change nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+    namespace: Namespace = None,
+) -> None:
+    """Let a removal end that hangs: take KubeRay's finalizers from what cannot be cleaned up any more."""
+    from serving.cluster.kubernetes import removal
+
+    def tell(line: str) -> None:
+        if not as_json:
+            _console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with _connected(kubeconfig, context, namespace) as to:
+        found = removal.look(to.client, to.namespace, time.time(), after_s)
+        if not found:
+            tell(f"nothing hangs: no RayCluster or RayService of namespace {to.namespace} waits for a finalizer")
+        for one in found:
+            asked = f"asked to go {one.since_s // 60:.0f} min ago"
+            tell(f"{one.kind} {one.name}: {asked}, waits for {one.finalizer}: {one.why}")
+            if not one.may_go:
+                tell("  left to the operator: its pods or its time are not over")
+            else:
+                tell(f"  the finalizer would be taken away{f'; what stays: {one.left}' if one.left else ''}")
+        ready = [one for one in found if one.may_go]
+        if ready and not dry_run:
+            if not yes:
+                typer.confirm(f"Take {len(ready)} finalizer(s) away?", abort=True, err=True)
+            for one in ready:
+                freed = removal.free(to.client, to.namespace, one)
+                tell(f"{one.kind} {one.name}: {'freed' if freed else 'gone by itself'}")
+        if as_json:
+            _print_json({"removals": [one.document() for one in found], "freed": len(ready) if not dry_run else 0})
+    sys.exit(0 if len(ready) == len(found) and not (dry_run and found) else NO)
+
+
 @app.command("support-bundle")
 def support_bundle(
     out: Annotated[Path | None, typer.Option(help="File to write; without: galerne-support-TIME.tar.gz.")] = None,
@@ -340,7 +382,7 @@ def support_bundle(
 @app.command()
 def permissions(
     command: Annotated[
-        list[str] | None, typer.Argument(help="preflight, status, rollout, drain, support-bundle; without: all.")
+        list[str] | None, typer.Argument(help="preflight, status, rollout, drain, free, support-bundle; without: all.")
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the roles.")] = "galerne-operator",
     namespace: Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the release.")] = "galerne",

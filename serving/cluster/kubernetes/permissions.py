@@ -73,6 +73,12 @@ DRAIN: Final = (
     _of(kinds.PODS, "create", "eviction, which keeps to disruption budgets", sub="eviction"),
     _of(kinds.RAY_CLUSTERS, "get list update", "bounds of a worker group"),
 )
+FREE: Final = (
+    _of(kinds.RAY_CLUSTERS, "get list update", "those that are being deleted, and their finalizer"),
+    _of(kinds.RAY_SERVICES, "get list update", "the same of the service"),
+    _of(kinds.PODS, "list", "pods that have not ended, and why the Job that empties Redis does not run"),
+    _of(kinds.JOBS, "list", "that Job"),
+)
 BUNDLE: Final = (
     *(_of(kind, "list", "the object, masked") for kind in kinds.BUNDLED),
     _of(kinds.NODES, "list", "the object, masked", "cluster"),
@@ -85,6 +91,7 @@ COMMANDS: Final[dict[str, tuple[Rule, ...]]] = {
     "status": STATUS,
     "rollout": ROLLOUT,
     "drain": DRAIN,
+    "free": FREE,
     "support-bundle": BUNDLE,
 }
 

@@ -48,6 +48,7 @@ DAEMON_SETS: Final = Resource("apps", "v1", "daemonsets")
 STORAGE_CLASSES: Final = Resource("storage.k8s.io", "v1", "storageclasses", namespaced=False)
 NETWORK_POLICIES: Final = Resource("networking.k8s.io", "v1", "networkpolicies")
 INGRESS_CLASSES: Final = Resource("networking.k8s.io", "v1", "ingressclasses", namespaced=False)
+JOBS: Final = Resource("batch", "v1", "jobs")
 BUDGETS: Final = Resource("policy", "v1", "poddisruptionbudgets")
 ENDPOINT_SLICES: Final = Resource("discovery.k8s.io", "v1", "endpointslices")
 RAY_SERVICES: Final = Resource("ray.io", "v1", "rayservices")
@@ -57,6 +58,7 @@ RAY_CLUSTERS: Final = Resource("ray.io", "v1", "rayclusters")
 LABEL_CLUSTER: Final = "ray.io/cluster"
 LABEL_GROUP: Final = "ray.io/group"
 LABEL_NODE_TYPE: Final = "ray.io/node-type"
+LABEL_SERVICE: Final = "ray.io/originated-from-cr-name"
 
 
 def dig(document: Any, *path: str | int, default: Any = None) -> Any:

@@ -259,7 +259,7 @@ def _groups(cluster: str, clusters: Sequence[Document], pods: Sequence[Document]
                 restarts=sum(_restarts(pod) for pod in own),
                 gpus=sum(_gpus(pod) for pod in own),
                 images=_images(own),
-                waiting=tuple(sorted({why for pod in own if (why := _waiting(pod))})),
+                waiting=tuple(sorted({why for pod in own if (why := waiting(pod))})),
             )
         )
     return rows
@@ -293,7 +293,7 @@ def _images(pods: Sequence[Document]) -> tuple[str, ...]:
     return tuple(sorted(image.rpartition("/")[2] for image in images if image))
 
 
-def _waiting(pod: Document) -> str:
+def waiting(pod: Document) -> str:
     """Why a pod does not run: what its containers or the scheduler say."""
     if dig(pod, "metadata", "deletionTimestamp"):
         return "Terminating"

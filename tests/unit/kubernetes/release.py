@@ -116,6 +116,33 @@ def populate(server: ApiServer) -> None:
     server.proxy["prometheus:9090"] = answer
 
 
+def being_removed(server: ApiServer, seconds: float = 3600, now_s: float | None = None) -> None:
+    """The release after `helm uninstall`, without its RayService having been deleted first: Redis' password is gone."""
+    populate(server)
+    asked_s = (time.time() if now_s is None else now_s) - seconds
+    asked = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(asked_s))
+    for name in [name for _, name in server.objects["", "pods"]]:
+        server.delete("", "pods", NAMESPACE, name)
+    made = {"ray.io/originated-from-cr-name": kuberay.NAME}
+    for kind, name, finalizer, labels in (
+        ("rayclusters", "c-1", "ray.io/gcs-ft-redis-cleanup-finalizer", made),
+        ("rayservices", kuberay.NAME, "ray.io/rayservice-finalizer", {}),
+    ):
+        asked_to_go = {"finalizers": [finalizer], "deletionTimestamp": asked, "labels": labels, "uid": f"uid-of-{name}"}
+        server.change("ray.io", kind, NAMESPACE, name, lambda d, more=asked_to_go: d["metadata"].update(more))  # type: ignore[misc]
+    labels = {"ray.io/cluster": "c-1", "ray.io/node-type": "redis-cleanup"}
+    server.put("batch", "jobs", {"metadata": {"name": "c-1-redis-cleanup", "namespace": NAMESPACE, "labels": labels}})
+    waits = {"reason": "CreateContainerConfigError", "message": 'secret "galerne-redis" not found'}
+    server.put(
+        "",
+        "pods",
+        {
+            "metadata": {"name": "c-1-redis-cleanup-x", "namespace": NAMESPACE, "labels": labels},
+            "status": {"phase": "Pending", "containerStatuses": [{"name": "ray-head", "state": {"waiting": waits}}]},
+        },
+    )
+
+
 VALUES = {
     "config": {
         "gateway": {"replicas": {"min": 2, "max": 6}},

@@ -43,6 +43,7 @@ KINDS = {
     "endpointslices": "EndpointSlice",
     "rayservices": "RayService",
     "rayclusters": "RayCluster",
+    "jobs": "Job",
 }
 
 
@@ -434,7 +435,13 @@ def _handler(server: ApiServer) -> type[BaseHTTPRequestHandler]:
                 new = body if seen.verb == "update" else _merged(old, body)
                 if seen.verb == "update" and "status" in old:
                     new["status"] = old["status"]  # a subresource: writes to the object leave it alone
-                self._send(200, server.put(seen.group, seen.resource, new))
+                # As the real one: what was asked to go goes with its last finalizer, and the moment is nobody's to change.
+                if asked := old["metadata"].get("deletionTimestamp"):
+                    new["metadata"]["deletionTimestamp"] = asked
+                answer = server.put(seen.group, seen.resource, new)
+                if asked and not new["metadata"].get("finalizers"):
+                    server.delete(seen.group, seen.resource, *key)
+                self._send(200, answer)
             server.on_write(seen)
 
     return Handler

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from serving.cli.cluster import app
-from tests.unit.kubernetes.release import VALUES, Run, operate, populate
+from tests.unit.kubernetes.release import VALUES, Run, being_removed, operate, populate
 from tests.unit.kubernetes.server import ApiServer
 from tests.unit.kubernetes.shared import ROOT
 
@@ -45,6 +45,8 @@ def shown(
     (tmp_path / "galerne-2.yaml").write_text(CONFIG)
 
     def run(line: str) -> tuple[int, str]:
+        if line.startswith("free"):
+            being_removed(server)
         monkeypatch.setattr(sys, "stderr", sys.stdout)  # in the order in which a terminal would show them
         code, out, err = galerne(*shlex.split(line))
         return code, (out + err).replace(server.url, ADDRESS)

@@ -14,7 +14,7 @@ from serving.metrics.release import matcher, scoped
 from tests.unit.kubernetes import kuberay
 from tests.unit.kubernetes.conftest import NAMESPACE
 from tests.unit.kubernetes.kuberay import NAME
-from tests.unit.kubernetes.release import PROMETHEUS, VALUES, Run, populate
+from tests.unit.kubernetes.release import PROMETHEUS, VALUES, Run, being_removed, populate
 from tests.unit.kubernetes.server import ApiServer, Document, Seen
 
 MONITORING = PROMETHEUS.removeprefix("service:").partition("/")[0]
@@ -93,11 +93,16 @@ def runs(
         populate(server)
         return told
 
+    def free() -> str:
+        being_removed(server)
+        return run("free", "--yes")
+
     return {
         "preflight": lambda: run("preflight", "--values", str(values)),
         "status": lambda: run("status", "--prometheus", PROMETHEUS),
         "rollout": rollout,
         "drain": drain,
+        "free": free,
         "support-bundle": lambda: run(
             "support-bundle", "--out", str(tmp_path / "b.tar.gz"), "--prometheus", PROMETHEUS
         ),
