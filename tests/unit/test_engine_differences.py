@@ -80,6 +80,21 @@ async def test_a_conversation_that_does_not_fit_is_told_as_openai_tells_it(strea
         assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
 
 
+async def test_a_simulated_engine_refuses_as_vllm_does() -> None:
+    async with rig(SMALL) as made:
+        for sent, code, param, told in (
+            # What the gateway leaves to engines.
+            ({"max_tokens": 0}, "invalid_type", "max_tokens", "Invalid 'max_tokens': Expected int >= 1."),
+            ({"tools": [{"type": "function"}], "tool_choice": "required"}, "invalid_value", "tool_choice", None),
+            ({"response_format": {"type": "xml"}}, "invalid_value", "response_format", None),
+        ):
+            answer = await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT | sent)
+            assert answer.status_code == 400, answer.text
+            error = answer.json()["error"]
+            assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param), error
+            assert told is None or error["message"] == told
+
+
 @pytest.mark.parametrize("apart", [False, True])
 async def test_a_stream_that_is_refused_before_its_first_token_is_a_plain_answer(apart: bool) -> None:
     # As vLLM does for what only its sampler judges: the head is out, an error event follows, and `[DONE]`.

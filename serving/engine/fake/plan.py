@@ -89,7 +89,7 @@ def _check_length(prompt_tokens: int, output_tokens: int, max_model_len: int) ->
             f"This model's maximum context length is {max_model_len} tokens. However, you requested "
             f"{output_tokens} output tokens and your prompt contains {prompt_tokens} input tokens, for a "
             f"total of {total} tokens. Please reduce the length of the input prompt or the number of "
-            "requested output tokens.",
+            f"requested output tokens. (parameter=input_tokens, value={prompt_tokens})",
             "input_tokens",
         )
 

@@ -19,10 +19,10 @@ from serving.engine.fake.engine import Engine, Usage, request_id
 from serving.engine.fake.exchange import Exchange
 from serving.engine.fake.protocol import (
     EmbeddingRequest,
-    RefusalError,
     RerankRequest,
     ScoreRequest,
     bad_request,
+    invalid,
     parse,
     prompts,
 )
@@ -89,7 +89,7 @@ async def score(engine: Engine, exchange: Exchange) -> None:
             pairs = _pairs(_as_list(left), _as_list(right))
             break
     else:
-        raise RefusalError(400, "1 validation error:\n  text_1 and text_2 (or queries and documents) are required")
+        raise invalid("missing", ["text_2" if request.text_1 is not None else "text_1"], "Field required")
     usage = await _prefill(engine, exchange, [_pair_prompt(*pair) for pair in pairs], request.cache_salt)
     data = [{"index": i, "object": "score", "score": relevance(*pair)} for i, pair in enumerate(pairs)]
     await exchange.json(

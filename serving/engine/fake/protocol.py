@@ -5,12 +5,17 @@ Only the fields that change a simulated answer are read; all others are accepted
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 FINGERPRINT = "galerne-fake"
+
+# msgspec's `$.messages[0].role`, in parts, and the name of a field that is not there.
+_PLACES = re.compile(r"[A-Za-z_]\w*|\d+")
+_MISSING = re.compile(r"missing required field `(\w+)`")
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 PositiveCount = Annotated[int, msgspec.Meta(ge=1)]
@@ -158,10 +163,19 @@ def parse(kind: type[Body], body: bytes) -> Body:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at ")
-        param = path.strip("`").removeprefix("$").removeprefix(".") or None
-        raise RefusalError(400, f"1 validation error:\n  {reason}", param=param) from error
+        place = _PLACES.findall(path)
+        if missing := _MISSING.search(reason):
+            raise invalid("missing", [*place, missing[1]], "Field required") from error
+        raise invalid("value_type", place, reason.replace("`", "")) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RefusalError(400, f"1 validation error:\n  JSON decode error: {error}", param="body") from error
+        raise invalid("json_invalid", [], f"JSON decode error: {error}") from error
+
+
+def invalid(kind: str, place: list[str], reason: str) -> RefusalError:
+    """400 as vLLM answers it for a body that is none of its own: pydantic's errors, each as Python writes a dict."""
+    place = ["body", *place]
+    shown = {"type": kind, "loc": tuple(int(part) if part.isdigit() else part for part in place), "msg": reason}
+    return RefusalError(400, f"1 validation error:\n  {shown}", param=".".join(place))
 
 
 def prompts(value: Prompt, name: str) -> list[str | list[int]]:
