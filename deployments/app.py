@@ -14,6 +14,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import LoggingConfig
 
 from deployments import scaling
 from deployments.engine import EngineReplica
@@ -32,6 +33,9 @@ DRAIN_MARGIN_S = 10.0
 START_ATTEMPTS = 2
 # Of a model that sleeps: after its bound Serve would never start a replica again, and each wake is a new day.
 WAKE_ATTEMPTS = 1_000_000
+
+# Ray writes a line a request unless each deployment says otherwise: what Serve itself was started with does not count.
+LOGGING = LoggingConfig(enable_access_log=False)
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -69,6 +73,7 @@ def application(config: GalerneConfig, token: str | None = None, source: Source 
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=GATEWAY_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=_longest_drain(config),
+        logging_config=LOGGING,
     )
     return gateway.bind(config, token, loopback, {m.id: _gpus(m) for m in config.models}, source, *engines)
 
@@ -92,6 +97,7 @@ def _engine(
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=model.drain_timeout_s + DRAIN_MARGIN_S,
+        logging_config=LOGGING,
     )
     return deployment.bind(model, token, loopback=loopback, gpu=gpu, traces_url=traces_url)
 

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 APPLICATION = "deployments.app:application"
 LOG_FILE = "ray.log"
+# Short: below it Ray puts a session's directory of some 45 characters with sockets in it, whose paths end at 107.
+RAY_DIR = "r"
 ENGINE_MODULES = ("vllm.v1.engine.async_llm", "vllm.entrypoints.launchers.app", "vllm.v1.worker.cpu_worker")
 FALLBACK_PORT = 8500
 STOP_WAIT_S = 15.0
@@ -112,6 +114,8 @@ def _serve(plan: Plan, console: Console, stop: threading.Event, binary: str | No
     stopping = threading.Event()
     _warm_byte_code(plan.config)
     prepare_models(plan.config, console)
+    # What Ray, HAProxy, engines and Prometheus write from here on is for this user alone.
+    os.umask(0o077)
     metrics_port = processes.free_port(plan.config.listen.host, METRICS_PORT_HAPROXY)
     os.environ.update(environment(plan.config, plan.state_dir) | ONE_MACHINE)
     # Guards the engines' ports, and is what HAProxy proves itself to gateways with.
@@ -134,7 +138,12 @@ def _serve(plan: Plan, console: Console, stop: threading.Event, binary: str | No
     if config.prometheus is not None:
         config = _exporting(config, config.prometheus)
         plan = replace(plan, config=config)
-    cluster = LocalCluster(host=config.listen.host, port=config.listen.port, cpus=_logical_cpus(config))
+    cluster = LocalCluster(
+        host=config.listen.host,
+        port=config.listen.port,
+        cpus=_logical_cpus(config),
+        directory=plan.state_dir / RAY_DIR,
+    )
     with _stderr_to(plan.state_dir / LOG_FILE):
         try:
             if measured is not None:

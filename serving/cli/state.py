@@ -6,6 +6,7 @@ no socket, no Ray client. It lies in a directory only its user may read, because
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -88,12 +89,21 @@ def state_dir(port: int) -> Path:
 
 
 def make_private(directory: Path) -> None:
-    """Create it for this user alone; raises ClusterError where somebody else owns it."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Create it for this user alone; raises ClusterError where it, or what it lies in, is somebody else's or a link."""
     for path in (directory.parent, directory):
-        if path.stat().st_uid != os.getuid():
-            raise ClusterError(f"{path} belongs to another user; have it removed")
-        path.chmod(0o700)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700, parents=True)
+        try:
+            # Whoever puts a link of that name there would choose whose directory is changed and used.
+            opened = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:
+            raise ClusterError(f"{path} is not a directory of its own ({error.strerror}); have it removed") from error
+        try:
+            if os.fstat(opened).st_uid != os.getuid():
+                raise ClusterError(f"{path} belongs to another user; have it removed")
+            os.fchmod(opened, 0o700)
+        finally:
+            os.close(opened)
 
 
 def write(directory: Path, state: ClusterState, ready_file: Path | None = None) -> None:

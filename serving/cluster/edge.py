@@ -15,6 +15,8 @@ ENGINE_TOKEN_HEADER: Final = "x-galerne-engine-token"  # noqa: S105 - the name o
 ENV_ENGINE_TOKEN: Final = "GALERNE_ENGINE_TOKEN"  # noqa: S105 - the name of a variable
 HEADER: Final = "x-galerne-edge"
 FORWARDED: Final = "x-forwarded-for"
+# Of an answer that a gateway gave before the request had ended: HAProxy drops it and closes the connection.
+EARLY: Final = "x-galerne-early"
 # The token guards engines too; what it is used for here is told apart by this.
 _PURPOSE: Final = b"galerne edge:"
 

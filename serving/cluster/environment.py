@@ -26,6 +26,15 @@ HAPROXY_LEAST_CONNECTIONS = 4096
 HAPROXY_FILES_PER_CONNECTION = 2.5
 # Listeners, sockets of its own, files.
 HAPROXY_OWN_FILES = 256
+# Unless configured: so many sources, each at its bound, hold all connections.
+SOURCES_TO_FILL = 4
+# HAProxy's own default. A request's headers must fit, with room for the configured limit to be told from far beyond it.
+HAPROXY_LEAST_BUFFER_BYTES = 16_384
+HAPROXY_HEADERS_PER_BUFFER = 4
+# Longer than a client's idle connection and the next request's headers and body together.
+PORT_QUARANTINE_S = 300
+# Nobody sends it: the threshold drops it.
+NO_HEADER = "x-galerne-unused"
 
 # Where a gateway keeps tenants' budgets across restarts, unless limits_store says.
 ENV_LIMITS_FILE = "GALERNE_LIMITS_FILE"
@@ -92,16 +101,22 @@ def haproxy_connections(accepted: int, open_files: int) -> int:
     )
 
 
+def haproxy_buffer_bytes(header_bytes: int) -> int:
+    """What HAProxy reads a request's headers into: beyond it, it cannot say what is too long."""
+    return max(HAPROXY_LEAST_BUFFER_BYTES, HAPROXY_HEADERS_PER_BUFFER * header_bytes)
+
+
 def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
     """Variables for the driver and every node; `state_dir` holds HAProxy's files and sockets."""
     haproxy = state_dir / HAPROXY_DIR
-    drain_s = max((int(model.drain_timeout_s) for model in config.models), default=600)
     accepted = config.gateway.bounds.max * config.gateway.max_ongoing_requests
     _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    connections = haproxy_connections(accepted, open_files)
     limits = EdgeLimits(
         config.listen.host,
         config.limits.header_bytes,
         config.limits.body_bytes,
+        config.listen.connections_per_source or connections // SOURCES_TO_FILL,
         tuple(str(network) for network in config.listen.trusted_proxies),
     )
     return (
@@ -112,7 +127,7 @@ def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_HAPROXY_NBTHREAD": str(haproxy_threads(os.cpu_count() or 1)),
-            "RAY_SERVE_HAPROXY_MAXCONN": str(haproxy_connections(accepted, open_files)),
+            "RAY_SERVE_HAPROXY_MAXCONN": str(connections),
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name(HAPROXY_PROGRAM)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
@@ -121,8 +136,15 @@ def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(METRICS_PORT_HAPROXY),
-            # A reload keeps the old process for its streams: as long as a replica may drain.
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(drain_s),
+            "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(haproxy_buffer_bytes(config.limits.header_bytes)),
+            # A process that a reload replaced may send one more request of each idle connection to an old port.
+            "RAY_SERVE_PORT_QUARANTINE_S": str(PORT_QUARANTINE_S),
+            # A header of clients, which Ray would decode before the gateway sees the request.
+            "RAY_SERVE_SESSION_ID_HEADER_KEY": NO_HEADER,
+            # A header between uvicorn and Ray is believed by neither.
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.api.threshold:middlewares",
+            # uvicorn believes X-Forwarded-For from these addresses; its default is this machine's.
+            "FORWARDED_ALLOW_IPS": "",
             # The gateway's bound is the one that holds; vLLM's own default is 4.
             "VLLM_MAX_STOP_STRINGS": str(config.limits.stop_sequences),
             # Attempts to start a replica are bounded for each deployment, not by this factor of its replicas.

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -45,6 +46,8 @@ CAPACITY = "galerne_capacity"
 TOKEN_IDS = "galerne_token_ids"  # noqa: S105 - a name
 
 GCS_TIMEOUT_S = 10
+# How long a gateway keeps an idle connection of HAProxy, which closes those that it has too many of within seconds.
+GATEWAY_KEEP_ALIVE_S = 120
 # How long a wake stays queued. Serve looks at queues at every turn of its control loop, ten a second; while one is
 # there and no replica is, it asks no policy, so that a longer one would keep a model at a single replica.
 WAKE_S = 1.0
@@ -190,8 +193,9 @@ class DeploymentState:
 class LocalCluster:
     """Ray and Serve on this machine's loopback, started by this process and ended with it."""
 
-    def __init__(self, *, host: str, port: int, cpus: float) -> None:
-        self._host, self._port, self._cpus = host, port, cpus
+    def __init__(self, *, host: str, port: int, cpus: float, directory: Path) -> None:
+        """`directory`: for Ray's sockets, logs and files, whose modes let everybody in: it must let nobody else in."""
+        self._host, self._port, self._cpus, self._directory = host, port, cpus, directory
 
     def start(self) -> None:
         """Start Ray's processes, Serve's controller and HAProxy; raises ClusterError."""
@@ -204,9 +208,10 @@ class LocalCluster:
                 log_to_driver=False,
                 logging_level="ERROR",
                 namespace=APP_NAMESPACE,
+                _temp_dir=str(self._directory),
             )
             serve.start(
-                http_options=HTTPOptions(host=self._host, port=self._port),
+                http_options=HTTPOptions(host=self._host, port=self._port, keep_alive_timeout_s=GATEWAY_KEEP_ALIVE_S),
                 logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
             )
         except Exception as error:

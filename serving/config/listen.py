@@ -24,6 +24,9 @@ class ListenConfig(Frozen):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     # Proxies of yours in front (ingress, load balancer): what they say of a client's address is believed.
     trusted_proxies: Networks = ()
+    # Connections that one other address (of IPv6: one /64) may have open at the front, idle ones included. None: a
+    # quarter of those that it takes. Trusted proxies are not counted: many clients stand behind one.
+    connections_per_source: PositiveInt | None = None
 
     @property
     def loopback(self) -> bool:

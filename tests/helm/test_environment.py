@@ -24,7 +24,7 @@ OF_THE_MACHINE = {
     "RAY_SERVE_HAPROXY_NBTHREAD",
     "RAY_SERVE_HAPROXY_MAXCONN",
     "RAY_SERVE_HAPROXY_BINARY_PATH",
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S",  # test_policy: with the rest of the drain
+    "GALERNE_HAPROXY_SOURCE_CONNECTIONS",
 }
 # What lifecycle adds for one machine, and why pods have it or not.
 SET_BY_LIFECYCLE = {
@@ -96,6 +96,7 @@ def test_what_depends_on_the_pod(values: str) -> None:
         assert int(found["RAY_SERVE_HAPROXY_NBTHREAD"]) == min(4, max(1, cpus // 2))
         accepted = config.gateway.bounds.max * config.gateway.max_ongoing_requests
         assert int(found["RAY_SERVE_HAPROXY_MAXCONN"]) >= min(200_000, max(4096, 2 * accepted))
+        assert int(found["GALERNE_HAPROXY_SOURCE_CONNECTIONS"]) == int(found["RAY_SERVE_HAPROXY_MAXCONN"]) // 4
         assert found["RAY_SERVE_HAPROXY_BINARY_PATH"].endswith("/galerne-haproxy")
         assert found[ENV_HOST] == config.listen.host == EVERY_INTERFACE
         assert found["VLLM_HOST_IP"] == {"fieldRef": {"fieldPath": "status.podIP"}}
@@ -106,10 +107,13 @@ def test_what_depends_on_the_pod(values: str) -> None:
 def test_serve_is_told_what_serve_tells_it(values: str) -> None:
     from ray.serve.schema import ServeDeploySchema
 
+    from serving.cluster.ray import GATEWAY_KEEP_ALIVE_S
+
     told = yaml.safe_load(rayservice(values)["spec"]["serveConfigV2"])
     schema = ServeDeploySchema.model_validate(told)
     assert str(schema.proxy_location.value) == "EveryNode"
     assert (schema.http_options.host, schema.http_options.port) == (EVERY_INTERFACE, 8000)
+    assert schema.http_options.keep_alive_timeout_s == GATEWAY_KEEP_ALIVE_S
     # As LocalCluster starts it.
     assert (schema.logging_config.log_level, schema.logging_config.enable_access_log) == ("WARNING", False)
     (app,) = schema.applications

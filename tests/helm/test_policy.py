@@ -318,8 +318,6 @@ def test_pods_get_their_drain(values: str) -> None:
         command = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         assert command[1:3] == ["-m", "serving.cluster.node_drain"]
         assert int(longest) + 10 <= int(command[3]) < spec["terminationGracePeriodSeconds"]
-        env = {e["name"]: e.get("value") for e in spec["containers"][0]["env"]}
-        assert int(longest) <= int(env["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) < int(command[3])
     assert rayservice(values)["spec"]["rayClusterDeletionDelaySeconds"] >= int(longest)
 
 

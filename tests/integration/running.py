@@ -19,6 +19,8 @@ import psutil
 
 GALERNE = Path(sys.executable).with_name("galerne")
 STOP_TIMEOUT_S = 60
+# Ray Serve's own range for the replicas that take HTTP.
+RAY_INGRESS_PORTS = range(30_000, 31_001)
 KEY = "sk-demo-press"
 OTHER_KEY = "sk-demo-jobs"
 ADMIN_KEY = "sk-demo-operator"
@@ -56,6 +58,16 @@ class RunningCluster:
         """The command and every process it caused."""
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
+
+    def ports_past_haproxy(self) -> dict[str, int]:
+        """Where whoever is on this machine reaches a gateway past HAProxy: its own port, and Ray's fallback proxy."""
+        gateway = psutil.Process(self.state()["pids"]["gateway"][0])
+        (own,) = (
+            connection.laddr.port
+            for connection in gateway.net_connections(kind="inet")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port in RAY_INGRESS_PORTS
+        )
+        return {"gateway": own, "fallback": int(gateway.environ()["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"])}
 
     def listening(self) -> set[tuple[str, str, int]]:
         """Process name, address and port of every socket listened on now, in one walk over the processes."""

@@ -44,8 +44,9 @@ def _replace(path: Path, text: str) -> None:
     path.with_suffix(".next").rename(path)
 
 
-def _status(cluster: RunningCluster, key: str, **headers: str) -> int:
-    answer = httpx.get(f"{cluster.url}/v1/models", headers={"authorization": f"Bearer {key}"} | headers, timeout=20)
+def _status(cluster: RunningCluster, key: str, port: int | None = None, **headers: str) -> int:
+    url = cluster.url if port is None else f"http://127.0.0.1:{port}"
+    answer = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"} | headers, timeout=20)
     return answer.status_code
 
 
@@ -71,6 +72,10 @@ def test_a_tenant_comes_and_goes_without_a_restart(
     assert _status(fake_cluster, FAR) == 401
     for forged in ({"x-forwarded-for": "10.1.1.1"}, {"x-forwarded-for": "10.1.1.1", "x-galerne-edge": "f" * 64}):
         assert _status(fake_cluster, FAR, **forged) == 401
+        # Nor past HAProxy, where uvicorn would believe whoever connects from this machine.
+        for port in fake_cluster.ports_past_haproxy().values():
+            assert _status(fake_cluster, NEAR, port, **forged) == 200
+            assert _status(fake_cluster, FAR, port, **forged) == 401
     _replace(fake_config, tenants)
     _until(fake_cluster, NEW, 401)
     assert fake_cluster.state()["pids"]["gateway"] == pids

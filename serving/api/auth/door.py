@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Any, Protocol
 
 from serving.api.auth import network
-from serving.api.auth.identity import Identity, NotAdmin, Reason, Refused
+from serving.api.auth.identity import TWICE, Identity, NotAdmin, Reason, Refused
 from serving.api.auth.keys import MAX_KEY_BYTES, AdminRing, KeyRing, presented
 from serving.config import GalerneConfig
 
@@ -45,7 +45,7 @@ class Door:
 
     def enter(self, headers: Mapping[bytes, bytes], scope: Mapping[str, Any]) -> Identity:
         """Whom a request speaks for; raises Refused. `headers`: the scope's, by name."""
-        text, now_s = presented(headers.get(AUTHORIZATION)), self._wall()
+        text, now_s = _only(headers, scope), self._wall()
         if self._tokens is not None and self._tokens.looks_like_one(text):
             return self._tokens.identify(text, now_s)
         if len(text) > MAX_KEY_BYTES:
@@ -55,7 +55,7 @@ class Door:
 
     def admin(self, headers: Mapping[bytes, bytes], scope: Mapping[str, Any]) -> str:
         """The id of the administrator's key; raises NotAdmin for a tenant's key or token, else Refused."""
-        text = presented(headers.get(AUTHORIZATION))
+        text = _only(headers, scope)
         if len(text) <= MAX_KEY_BYTES:
             identity, reason = self._admins.find(sha256(text).digest(), self._wall())
             if reason != "unknown":
@@ -72,3 +72,10 @@ class Door:
         if reason is not None:
             raise Refused(reason, tenant_id=identity.tenant_id, key_id=identity.key_id)
         return identity
+
+
+def _only(headers: Mapping[bytes, bytes], scope: Mapping[str, Any]) -> bytes:
+    """The one key or token that came along; raises Refused. Of two, whoever stood in front may have meant the other."""
+    if sum(name == AUTHORIZATION for name, _ in scope["headers"]) > 1:
+        raise Refused("twice", TWICE)
+    return presented(headers.get(AUTHORIZATION))

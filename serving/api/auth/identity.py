@@ -11,6 +11,7 @@ from serving.errors import Forbidden, Unauthenticated
 
 MISSING: Final = "No API key was given. Send it in the header 'Authorization: Bearer sk-…'."
 WRONG_SCHEME: Final = "The Authorization header must be 'Bearer' followed by one API key: 'Authorization: Bearer sk-…'."
+TWICE: Final = "The request has more than one Authorization header. Send exactly one, with one API key."
 REFUSED: Final = (
     "The API key is not valid. Check that it is complete, has not expired and is used from where it may be, "
     "or ask for a new one."
@@ -21,6 +22,7 @@ NO_ADMIN: Final = "This key is a tenant's. The ops page takes an administrator's
 Reason = Literal[
     "missing",
     "scheme",
+    "twice",
     "unknown",
     "expired",
     "revoked",
