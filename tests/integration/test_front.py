@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -135,10 +134,13 @@ def test_more_headers_than_there_may_be_are_told_so(fake_cluster: RunningCluster
 
 
 def test_an_idle_connection_is_kept_as_long_as_was_chosen(fake_cluster: RunningCluster) -> None:
-    directory = state.state_dir(urlsplit(fake_cluster.url).port or 0)
-    text = (directory / "h" / "haproxy.hardened.cfg").read_text()
+    (configured,) = {
+        words[words.index("-f") + 1]
+        for words in (process.cmdline() for process in fake_cluster.processes() if process.name() == "haproxy")
+    }
     # Of two lines the last would count.
-    assert re.findall(r"timeout http-keep-alive (\S+)", text) == [f"{Timers().keep_alive_s}s"]
+    found = re.findall(r"timeout http-keep-alive (\S+)", Path(configured).read_text())
+    assert found == [f"{Timers().keep_alive_s}s"]
 
 
 def test_ray_writes_no_line_a_request(fake_cluster: RunningCluster) -> None:
@@ -162,29 +164,33 @@ def ray_directory(cluster: RunningCluster) -> Path:
     return state.state_dir(urlsplit(cluster.url).port or 0) / RAY_DIR
 
 
-def exposed(root: Path) -> Iterator[Path]:
-    """What another user of this machine can reach below, and read, write or enter."""
-    mode = root.lstat().st_mode
-    if stat.S_ISLNK(mode):
-        return
-    if mode & 0o077:
-        yield root
-    if stat.S_ISDIR(mode) and mode & 0o011:
-        for entry in root.iterdir():
-            yield from exposed(entry)
+def entered(path: Path) -> bool:
+    """Whether another user of this machine can come as far as this: every directory on the way lets others through."""
+    return all(parent.stat().st_mode & stat.S_IXOTH for parent in path.parents)
+
+
+def used(process: psutil.Process) -> set[Path]:
+    """Files and sockets that a process has open now."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        files = {Path(file.path) for file in process.open_files()}
+        return files | {Path(c.laddr) for c in process.net_connections(kind="unix") if str(c.laddr).startswith("/")}
+    return set()
 
 
 def test_nothing_of_the_cluster_is_open_to_other_users(fake_cluster: RunningCluster) -> None:
-    directory = state.state_dir(urlsplit(fake_cluster.url).port or 0)
-    assert (ray_directory(fake_cluster) / "session_latest" / "sockets").is_dir()
-    assert list(exposed(directory.parent)) == []
-    # Nor does a process of it have a socket elsewhere: not where Ray has its own by default.
-    paths = set()
-    for process in fake_cluster.processes():
-        try:
-            paths |= {str(c.laddr) for c in process.net_connections(kind="unix") if str(c.laddr).startswith("/")}
-            private = process.environ().get("TMPDIR", "")
-        except psutil.NoSuchProcess:
-            continue
-        assert private in {"", os.environ.get("TMPDIR", "")}
-    assert [path for path in paths if path.startswith((f"{tempfile.gettempdir()}/ray", "/tmp/ray"))] == []
+    ray = ray_directory(fake_cluster)
+    for private in (ray.parent, ray.parent.parent):
+        assert stat.S_IMODE(private.lstat().st_mode) == 0o700
+    sockets = ray / "session_latest" / "sockets"
+    # Ray's own directories let everybody in; that they cannot be reached is what holds. Its sockets let nobody in.
+    assert {stat.S_IMODE(entry.stat().st_mode) for entry in sockets.iterdir()} == {0o700}
+    open_now = set().union(*map(used, fake_cluster.processes()))
+    assert sockets.resolve() / "raylet" in open_now
+    temporary = (Path("/tmp"), Path("/dev/shm"), Path(tempfile.gettempdir()))
+    exposed = {
+        path
+        for path in open_now
+        if any(path.is_relative_to(root) for root in temporary)
+        if path.exists() and entered(path) and path.stat().st_mode & 0o077
+    }
+    assert exposed == set()

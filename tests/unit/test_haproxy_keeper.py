@@ -141,7 +141,7 @@ class Door:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | EdgeLimits("127.0.0.1", 8192, 1_000_000).environment()
+    return os.environ | EdgeLimits("127.0.0.1", 8192, 1_000_000, 100).environment()
 
 
 def until(condition: Callable[[], bool]) -> None:
