@@ -33,8 +33,6 @@ HAPROXY_LEAST_BUFFER_BYTES = 16_384
 HAPROXY_HEADERS_PER_BUFFER = 4
 # Longer than a client's idle connection and the next request's headers and body together.
 PORT_QUARANTINE_S = 300
-# Nobody sends it: the threshold drops it.
-NO_HEADER = "x-galerne-unused"
 
 # Where a gateway keeps tenants' budgets across restarts, unless limits_store says.
 ENV_LIMITS_FILE = "GALERNE_LIMITS_FILE"
@@ -139,8 +137,6 @@ def environment(config: GalerneConfig, state_dir: Path) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(haproxy_buffer_bytes(config.limits.header_bytes)),
             # A process that a reload replaced may send one more request of each idle connection to an old port.
             "RAY_SERVE_PORT_QUARANTINE_S": str(PORT_QUARANTINE_S),
-            # A header of clients, which Ray would decode before the gateway sees the request.
-            "RAY_SERVE_SESSION_ID_HEADER_KEY": NO_HEADER,
             # A header between uvicorn and Ray is believed by neither.
             "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.api.threshold:middlewares",
             # uvicorn believes X-Forwarded-For from these addresses; its default is this machine's.

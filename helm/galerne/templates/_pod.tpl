@@ -31,7 +31,6 @@ cluster for it. Argument: (dict "root" $ "cpu" processors-of-the-pod "gpus" GPUs
 - {name: RAY_SERVE_HAPROXY_METRICS_PORT, value: "9101"}
 - {name: RAY_SERVE_HAPROXY_TUNE_BUFSIZE, value: {{ max 16384 (mul 4 (dig "header_bytes" 8192 $limits | int64)) | quote }}}
 - {name: RAY_SERVE_PORT_QUARANTINE_S, value: "300"}
-- {name: RAY_SERVE_SESSION_ID_HEADER_KEY, value: x-galerne-unused}
 - {name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, value: "serving.api.threshold:middlewares"}
 - {name: FORWARDED_ALLOW_IPS, value: ""}
 - {name: RAY_SERVE_FALLBACK_PROXY_HTTP_PORT, value: "8500"}
