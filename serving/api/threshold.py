@@ -19,11 +19,12 @@ from serving.api import errors
 from serving.api.body import Message, Receive, Scope, Send
 from serving.api.call import REQUEST_ID
 from serving.cluster import edge
-from serving.cluster.environment import NO_HEADER
 from serving.cluster.haproxy import RAY_HEADERS
 from serving.errors import NotFound
 
-_STEERING: Final = frozenset(name.encode().replace(b"_", b"-") for name in (*RAY_HEADERS, NO_HEADER))
+_STEERING: Final = frozenset(name.encode() for name in RAY_HEADERS)
+# Ray decodes it as UTF-8, in each spelling. The gateway takes any bytes; what Ray cannot read names no conversation.
+_SESSION: Final = b"x-session-id"
 _ID: Final = b"x-request-id"
 # HAProxy asks it of every gateway; it says whether one is up, and nothing else.
 _HEALTH: Final = "/-/healthz"
@@ -80,12 +81,16 @@ class _Request:
 
 
 def kept(headers: Headers) -> Headers:
-    """The headers of a request without those that Ray obeys, and with at most one id, of an id's form."""
+    """The headers of a request without those that Ray obeys or fails on, and with at most one id, of an id's form."""
     ids = [value for name, value in headers if name == _ID]
     good = len(ids) == 1 and REQUEST_ID.fullmatch(ids[0]) is not None
-    return [
-        (name, value) for name, value in headers if name.replace(b"_", b"-") not in _STEERING and (good or name != _ID)
-    ]
+
+    def keep(name: bytes, value: bytes) -> bool:
+        # As Ray reads them.
+        plain = name.replace(b"_", b"-")
+        return plain not in _STEERING and (plain != _SESSION or _is_utf8(value)) and (good or name != _ID)
+
+    return [(name, value) for name, value in headers if keep(name, value)]
 
 
 def middlewares() -> list[Middleware]:
@@ -99,6 +104,14 @@ def _length(headers: Headers) -> float:
 
 def _has_body(headers: Headers) -> bool:
     return any(name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers)
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 async def _no_route(send: Send) -> None:
