@@ -35,7 +35,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: preflight help install run system-parts helm checkov clients chart test test-faults test-fast check format lock lock-check
-.PHONY: bench-overhead bench-engine bench-peers bench-peers-engine bench-autoscale bench-fairness
+.PHONY: differential bench-overhead bench-engine bench-peers bench-peers-engine bench-autoscale bench-fairness
 .PHONY: bench-routing bench-prefix soak
 .PHONY: loadtest loadtest-sweep dashboards dashboard-pictures image clean
 
@@ -114,6 +114,9 @@ test: install system-parts helm checkov clients ## every test, the real engine i
 
 test-faults: install system-parts ## what breaks, on purpose: replicas, gateways, clients, control plane; prints counts
 	GALERNE_FAULT_REQUESTS=1000 $(BIN)/python -m pytest -s tests/faults $(PYTEST_ARGS)
+
+differential: install ## 20,000 random bodies on every route through the gateway's bounds and vLLM's own classes
+	GALERNE_DIFFERENTIAL_BODIES=20000 $(BIN)/python -m pytest -s tests/integration/test_differential.py
 
 test-fast: install ## tests without a cluster
 	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)

@@ -332,8 +332,10 @@ def _token_ids(found: shapes.Generation, limits: LimitsConfig) -> list[tuple[str
         entries = getattr(found, name)
         if not entries:
             continue
-        if len(entries) > limits.logit_bias_entries:
-            raise too_many(name, limits.logit_bias_entries, len(entries), "entries")
+        # Of each of these the engine tells the log probability at every token.
+        most = limits.logprobs if name == "logprob_token_ids" else limits.logit_bias_entries
+        if len(entries) > most:
+            raise too_many(name, most, len(entries), "entries")
         uses.append((name, max(entries)))
     if is_given(found.logit_bias):
         most_bytes = _BIAS_ENTRY_BYTES * limits.logit_bias_entries

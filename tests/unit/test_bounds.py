@@ -232,7 +232,7 @@ def test_numbers_stay_in_range(kind: BodyKind, name: str, least: float, most: fl
         (BodyKind.CHAT, {"bad_words": ["x"] * 17}, "bad_words", "at most 16 strings"),
         (BodyKind.CHAT, {"stop_token_ids": [1] * 1025}, "stop_token_ids", "at most 1024 entries"),
         (BodyKind.CHAT, {"allowed_token_ids": [2**31]}, "allowed_token_ids[0]", "at most 2147483647"),
-        (BodyKind.CHAT, {"logprob_token_ids": [1] * 1025}, "logprob_token_ids", "at most 1024 entries"),
+        (BodyKind.CHAT, {"logprob_token_ids": [1] * 21}, "logprob_token_ids", "at most 20 entries"),
         (BodyKind.CHAT, {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "at most 1024 entries"),
         (BodyKind.CHAT, {"logit_bias": {str(i): 1 for i in range(9000)}}, "logit_bias", "at most 65536 bytes"),
         (BodyKind.CHAT, {"logit_bias": {"5": 100.5}}, "logit_bias[...]", "at most 100.0"),
