@@ -42,6 +42,7 @@ from serving.api.hedge import hedge_after_s
 from serving.api.ops import PATHS as OPS
 from serving.api.ops import Answer, Ops
 from serving.api.peers import Peers
+from serving.api.quarantine import Quarantine
 from serving.api.relay import CutAnswer, Relay
 from serving.api.upstream import Pool
 from serving.api.usage import TenantUsage
@@ -158,6 +159,7 @@ class Gateway:
             response_timeout_s=config.gateway.response_timeout_s,
             clock=clock,
             rng=rng,
+            quarantine=Quarantine(secret(engine_token), clock),
             on_failure=metrics.upstream_failed,
             on_gap=metrics.gap,
             on_first=metrics.first_byte,

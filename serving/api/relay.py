@@ -24,12 +24,13 @@ from serving.api.errors import headers as error_headers
 from serving.api.errors import sse_event
 from serving.api.exchange import Exchange, Sent
 from serving.api.hedge import Hedging
+from serving.api.quarantine import Quarantine
 from serving.api.retry import again_allowed, answered, failed_engine, is_failure, lost
 from serving.api.upstream import Connection, Pool, UpstreamError
 from serving.api.watch import Watch
 from serving.cluster.edge import ENGINE_TOKEN_HEADER
 from serving.engine.load import GATEWAY_HEADER, signed
-from serving.errors import RateLimited, RequestError, Unavailable, UpstreamFailed
+from serving.errors import BadRequest, RateLimited, RequestError, Unavailable, UpstreamFailed
 from serving.metering.answers import ERROR_EVENT, EVENT_END, SERVER_ERROR, EngineFailed, is_server_error, meter
 from serving.metering.best_known import best_known
 from serving.routing.health import Health
@@ -70,6 +71,7 @@ class Relay:
         response_timeout_s: float,
         clock: Callable[[], float],
         rng: Random,
+        quarantine: Quarantine,
         on_failure: Callable[[str, str], None],
         on_gap: Callable[[str, float], None],
         on_first: Callable[[Exchange, int], None],
@@ -86,6 +88,7 @@ class Relay:
         self._response_timeout_s = response_timeout_s
         self._clock = clock
         self._rng = rng
+        self._quarantine = quarantine
         self._on_failure = on_failure  # (model, kind)
         self._on_gap = on_gap  # (model, seconds between two chunks of a stream)
         self._on_first = on_first  # (exchange, the engine's status) at the first byte
@@ -152,6 +155,7 @@ class Relay:
                 self._on_failure(exchange.model, error.kind)
                 if exchange.first_byte_s is None:
                     exchange.spent |= {replica}
+                    self._quarantine.lost(exchange.model, exchange.body, replica, error.kind)
                     lost(self._health[exchange.model].ejections, exchange, error.kind)
                     return error
                 await self._broken(exchange, error, send)
@@ -194,6 +198,7 @@ class Relay:
         """Put the request on a connection to a replica when its turn has come; while none can be reached, it waits."""
         while True:
             await self._wait(exchange, send, headers)
+            self._admitted_again(exchange)
             sent = await self._connect(exchange)
             if sent is not None:
                 return sent
@@ -201,6 +206,19 @@ class Relay:
             if exchange.ticket is not None:
                 exchange.ticket.end()
                 exchange.ticket = None
+
+    def _admitted_again(self, exchange: Exchange) -> None:
+        """Raise BadRequest where engines have died of this request; by now those that have are off the list."""
+        health = self._health[exchange.model]
+
+        def gone(replica: str) -> bool:
+            return replica not in health.listed or replica in health.ejections.out
+
+        try:
+            self._quarantine.check(exchange.model, exchange.body, gone)
+        except BadRequest:
+            exchange.outcome = "rejected"
+            raise
 
     async def _wait(self, exchange: Exchange, send: Send, headers: Headers) -> None:
         """Wait for this request's turn; raises RequestError beyond the hold's bounds, or ClientLeft."""
@@ -310,6 +328,7 @@ class Relay:
         if exchange.turn is not None:
             exchange.turn.end()
         answered(self._health[exchange.model].ejections, exchange)
+        self._quarantine.answered(exchange.model, exchange.body)
         self._on_first(exchange, status)
         if exchange.lease is not None and status == OK:
             exchange.lease.answered()
