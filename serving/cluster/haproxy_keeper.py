@@ -226,9 +226,10 @@ class Keeper:
         """Arguments by which a HAProxy that serves hands its listeners over: one that Ray names, or one left behind."""
         kept = Kept.read(self._record)
         left = [] if kept is None else [pid for pid in (kept.keeper, kept.haproxy) if runs(pid, self._configs)]
-        if running(self._own) is not None:
-            named = dict.fromkeys([*self._named, *left])
-            return [TAKES_OVER, *map(str, named), "-x", str(self._own)] if named else []
+        serving = running(self._own)
+        if serving is not None:
+            named = dict.fromkeys([*self._named, *left, serving])
+            return [TAKES_OVER, *map(str, named), "-x", str(self._own)]
         # It answers nobody, and would go on taking connections beside its successor.
         for pid in left:
             with contextlib.suppress(ProcessLookupError):

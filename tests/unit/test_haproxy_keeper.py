@@ -284,6 +284,18 @@ def test_the_keepers_death_ends_nothing_and_its_successor_takes_over(door: Door)
     until(lambda: ended(old))
 
 
+def test_one_that_no_record_names_is_taken_over_too(door: Door) -> None:
+    keeper = door.start()
+    old = door.haproxy
+    # As after a start that Ray gave up while HAProxy was about to serve.
+    os.kill(keeper, signal.SIGKILL)
+    door.started[0].wait(WAIT_S)
+    (door.directory / "kept").unlink()
+    door.start()
+    until(lambda: ended(old))
+    assert door.opens()
+
+
 def test_haproxy_goes_with_rays_node(door: Door) -> None:
     node, actor, keeper = door.start_below()
     haproxy = door.haproxy
