@@ -65,6 +65,8 @@ class Facts(NamedTuple):
     models_free_bytes: int
     has_models: bool
     memory_bytes: int
+    # The processor's instructions that the engine's build for processors is made of.
+    has_avx2: bool
     missing_libraries: tuple[str, ...]
     has_compiler: bool
     port: int
@@ -89,6 +91,14 @@ def findings(target: str, facts: Facts) -> list[Finding]:
         found.append(Finding(f"{ROOT} is not writable for this user: use a checkout of your own.", fatal=True))
     found += _disk(target, facts)
     found += _parts(target, facts)
+    if target in {"run", "test"} and not facts.has_avx2:
+        found.append(
+            Finding(
+                "this processor has no AVX2, which vLLM's build for processors needs, so no engine starts here: use "
+                "another machine, or `make install` and `.venv/bin/galerne serve --fake`, which simulates engines.",
+                fatal=True,
+            )
+        )
     if target == "run" and facts.port_taken:
         found.append(
             Finding(
@@ -215,6 +225,7 @@ def facts_of(config: str, wanted_port: str, environ: dict[str, str]) -> Facts:
         models_free_bytes=shutil.disk_usage(str(_existing(models))).free,
         has_models=(models / "models").is_dir(),
         memory_bytes=_memory_bytes(),
+        has_avx2=_has_avx2(),
         missing_libraries=tuple(name for name in LIBRARIES if not _loads(name)),
         has_compiler=shutil.which(COMPILER) is not None,
         port=port,
@@ -295,6 +306,13 @@ def _imports(module: str) -> bool:
         ).returncode
         == 0
     )
+
+
+def _has_avx2() -> bool:
+    try:
+        return re.search(r"(?m)^flags\b.*\bavx2\b", Path("/proc/cpuinfo").read_text(encoding="utf-8")) is not None
+    except OSError:
+        return True
 
 
 def _loads(library: str) -> bool:
