@@ -39,6 +39,8 @@ DEFAULT_PORT = 8000
 LIBRARIES = {"libnuma.so.1": "libnuma1"}
 # PyTorch compiles for processors while a model starts, unless the model is eager; tests start such models.
 COMPILER = "g++"
+# vLLM asks it which processors there are.
+PROCESSORS = "lscpu"
 
 
 class Facts(NamedTuple):
@@ -69,6 +71,7 @@ class Facts(NamedTuple):
     has_avx2: bool
     missing_libraries: tuple[str, ...]
     has_compiler: bool
+    has_lscpu: bool
     port: int
     port_taken: bool
 
@@ -176,18 +179,21 @@ def _disk(target: str, facts: Facts) -> list[Finding]:
 
 
 def _parts(target: str, facts: Facts) -> list[Finding]:
-    packages = [LIBRARIES[name] for name in facts.missing_libraries]
+    # What is missing and the package that has it. Without the first ones no engine starts; without a compiler only
+    # eager ones do, and the demo's are.
+    missing = {name: LIBRARIES[name] for name in facts.missing_libraries}
+    if not facts.has_lscpu:
+        missing[PROCESSORS] = "util-linux"
+    fatal = bool(missing) or target == "test"
     if not facts.has_compiler:
-        packages.append(COMPILER)
-    if not packages or target == "install":
+        missing[COMPILER] = COMPILER
+    if not missing or target == "install":
         return []
-    missing = [*facts.missing_libraries, *([] if facts.has_compiler else [COMPILER])]
-    # Without the library no engine starts; without a compiler only eager ones do, and the demo's are.
     return [
         Finding(
-            f"not installed: {', '.join(missing)}. Engines need it: apt-get install {' '.join(packages)} "
+            f"not installed: {', '.join(missing)}. Engines need it: apt-get install {' '.join(missing.values())} "
             "(Debian, Ubuntu).",
-            fatal=bool(facts.missing_libraries) or target == "test",
+            fatal=fatal,
         )
     ]
 
@@ -228,6 +234,7 @@ def facts_of(config: str, wanted_port: str, environ: dict[str, str]) -> Facts:
         has_avx2=_has_avx2(),
         missing_libraries=tuple(name for name in LIBRARIES if not _loads(name)),
         has_compiler=shutil.which(COMPILER) is not None,
+        has_lscpu=shutil.which(PROCESSORS) is not None,
         port=port,
         port_taken=_taken(port),
     )

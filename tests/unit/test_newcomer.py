@@ -54,6 +54,7 @@ GOOD = preflight.Facts(
     has_avx2=True,
     missing_libraries=(),
     has_compiler=True,
+    has_lscpu=True,
     port=8000,
     port_taken=False,
 )
@@ -85,6 +86,7 @@ def test_nothing_is_said_of_a_machine_that_has_everything(target: str) -> None:
         ("install", {"cache_free_bytes": GIB}, True, ["1.0 GiB are free in /home/alice/.cache/uv", "UV_CACHE_DIR"]),
         ("run", {"models_free_bytes": GIB // 2}, True, ["/home/alice/.cache/galerne", "XDG_CACHE_HOME"]),
         ("run", {"missing_libraries": ("libnuma.so.1",)}, True, ["libnuma.so.1", "apt-get install libnuma1"]),
+        ("run", {"has_lscpu": False}, True, ["lscpu", "apt-get install util-linux"]),
         ("run", {"has_compiler": False}, False, ["apt-get install g++"]),
         ("test", {"has_compiler": False}, True, ["apt-get install g++"]),
         ("run", {"has_avx2": False}, True, ["no AVX2", "--fake"]),
