@@ -73,7 +73,8 @@ KINDS: Final = (
     Kind("gateway", titled("ServeReplica:galerne:gateway"), killed=BROKEN, has_requests=True),
     Kind("engine replica", titled("ServeReplica:galerne:engine-chat"), killed=BROKEN, stopped=BROKEN),
     Kind("ledger writer", titled("serving.metering.writer")),
-    Kind("ledger reader", titled("serving.metering.reader")),
+    # The next question starts another one.
+    Kind("ledger reader", titled("serving.metering.reader"), replaced=False),
     Kind("dashboard", titled("dashboard/dashboard.py"), replaced=False),
     Kind("autoscaler monitor", titled("autoscaler/_private/monitor.py"), replaced=False),
     Kind("log monitor", titled("log_monitor.py"), replaced=False),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,8 +55,9 @@ def broken(ledger: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 
 def usage(broken: Cluster) -> int:
     """Ask the ledger through a gateway, which starts its reader; the status."""
+    hour_ago = int(time.time()) - 3600
     request = urllib.request.Request(
-        f"{broken.running.url}/v1/usage?start_time=1700000000", headers={"authorization": f"Bearer {KEY}"}
+        f"{broken.running.url}/v1/usage?start_time={hour_ago}", headers={"authorization": f"Bearer {KEY}"}
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return int(answer.status)
