@@ -35,9 +35,16 @@ class _HttpDiscovery(_Closed):
     refreshInterval: Duration | None = None
 
 
+class _Relabeling(_Closed):
+    targetLabel: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]*$")]
+    replacement: str
+    action: Literal["replace"]
+
+
 class _ScrapeSpec(_Closed):
     scrapeInterval: Duration
     scrapeTimeout: Duration
+    relabelings: list[_Relabeling] = Field(min_length=1)
     httpSDConfigs: list[_HttpDiscovery] = Field(min_length=1)
 
 

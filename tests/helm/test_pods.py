@@ -254,3 +254,26 @@ def test_on_aks_all_but_engines_bears_the_taint_of_a_system_pool() -> None:
     for pod in pods("values-aks.yaml"):
         if pod.metadata["labels"]["app.kubernetes.io/component"] != "engine":
             assert taint in pod.spec["tolerations"], pod.where
+
+
+def test_priority_classes_are_the_charts_or_those_that_are_there() -> None:
+    # They belong to the whole cluster: two releases of one name, in two namespaces, cannot both make them.
+    def classes(*args: str) -> dict[str, str | None]:
+        ran = template("helm4", "ci/02-everything-values.yaml", *args)
+        assert ran.status == 0, ran.err
+        things = [thing for thing in yaml.safe_load_all(ran.out) if thing]
+        made = {thing["metadata"]["name"] for thing in things if thing["kind"] == "PriorityClass"}
+        assert len(made) == (2 if not args else 0)
+        found = pods_of(things)
+        return {
+            pod.metadata["labels"]["app.kubernetes.io/component"]: pod.spec.get("priorityClassName") for pod in found
+        }
+
+    own = classes()
+    assert own["head"] == own["gateway"] == own["redis"] == "trial-galerne-serving"
+    assert own["engine"] == "trial-galerne-engines"
+    there = ("priorityClasses.create=false", "priorityClasses.serving=a", "priorityClasses.engines=b")
+    given = classes(*(word for value in there for word in ("--set", value)))
+    assert {name: given[name] for name in ("head", "gateway", "redis", "engine")} == {
+        "head": "a", "gateway": "a", "redis": "a", "engine": "b"
+    }  # fmt: skip

@@ -122,7 +122,9 @@ imagePullSecrets:
 {{/* Priority class by kind: serving or engines. Argument: (list $ kind) */}}
 {{- define "galerne.priorityClass" -}}
 {{- $root := index . 0 -}}
-{{- if $root.Values.priorityClasses.create }}
+{{- if index $root.Values.priorityClasses (index . 1) }}
+priorityClassName: {{ index $root.Values.priorityClasses (index . 1) }}
+{{- else if $root.Values.priorityClasses.create }}
 priorityClassName: {{ include "galerne.fullname" $root }}-{{ index . 1 }}
 {{- end }}
 {{- end }}
