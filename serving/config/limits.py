@@ -33,8 +33,8 @@ class LimitsConfig(Frozen):
     tools: PositiveInt = 128
     schema_bytes: PositiveInt = 64 * 1024
     # What all schemas, patterns and grammars of one request may cost the engine to compile: wide states, of which each
-    # takes about 10 ms of one core with a vocabulary of 50,000. A string of any `maxLength` has 256 at most.
-    schema_states: PositiveInt = 512
+    # takes about 10 ms of one core with a vocabulary of 50,000: two strings of any `maxLength` (256 each), and 64 more.
+    schema_states: PositiveInt = 576
     # Log probabilities of a prompt: tokens times alternatives (and the token itself) times n. Each takes some 500 bytes
     # of the engine's front while the answer is written.
     prompt_logprobs: PositiveInt = 256 * 1024

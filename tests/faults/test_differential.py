@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 
 from serving.admission.bounds import BodyKind
@@ -43,7 +44,7 @@ ROUTES = {
 }
 POOLING = {BodyKind.EMBEDDING, BodyKind.RERANK, BodyKind.SCORE}
 # As the configuration has them.
-LIMITS = LimitsConfig(output_tokens=8, n=2, best_of=2, prompt_logprobs=8192, schema_states=128)
+LIMITS = LimitsConfig(output_tokens=8, n=2, best_of=2, prompt_logprobs=65536, schema_states=128)
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,43 @@ def test_no_accepted_body_ends_an_engine(running: RunningCluster) -> None:
     assert sum(outcomes.values()) == BODIES
     assert not failed, failed[:10]
     assert replicas(running) == before
+
+
+def resident_mib(running: RunningCluster) -> float:
+    """Of the chat model's replica, its engine's front and core together."""
+    (engine,) = running.state()["engines"][differential.MODEL]
+    replica = psutil.Process(engine["pid"])
+    return sum(process.memory_info().rss for process in (replica, *replica.children(recursive=True))) / 2**20
+
+
+def test_a_harness_gets_log_probabilities_of_its_prompts(running: RunningCluster) -> None:
+    # As evaluation harnesses send it; then as much as the configuration takes, in one request.
+    largest = [[(i * 7 + j) % 49152 for j in range(2047)] for i in range(16)]
+    with httpx.Client(base_url=running.url, headers={"authorization": f"Bearer {KEY}"}, timeout=600) as http:
+
+        def scored(prompt: list[int] | list[list[int]], most: int) -> list[int]:
+            body = {"model": differential.MODEL, "prompt": prompt, "echo": True, "max_tokens": most, "logprobs": 1}
+            answer = http.post("/v1/completions", json=body | {"temperature": 0})
+            assert answer.status_code == httpx.codes.OK, answer.text[:500]
+            found = [choice["logprobs"]["token_logprobs"] for choice in answer.json()["choices"]]
+            assert all(values[0] is None and all(value <= 0 for value in values[1:]) for values in found)
+            return [len(values) for values in found]
+
+        assert scored([1, 2, 3, 4, 5], 0) == [5]
+        assert scored([[1, 2, 3], [4, 5]], 1) == [4, 3]
+        before = resident_mib(running)
+        assert scored(largest, 0) == [2047] * 16
+        print(
+            f"65,504 log probabilities in one request: {resident_mib(running) - before:.0f} MiB more resident after it"
+        )
+        refused = http.post(
+            "/v1/completions",
+            json={
+                "model": differential.MODEL,
+                "prompt": [*largest, [1] * 17],
+                "echo": True,
+                "max_tokens": 0,
+                "logprobs": 1,
+            },
+        )
+        assert refused.json()["error"]["param"] == "logprobs"

@@ -127,7 +127,7 @@ def test_a_request_has_one_budget() -> None:
     half = {"type": "string", "maxLength": 250}
     assert chat(**formatted(half)).schema_states <= 256
     with pytest.raises(BadRequest):
-        chat(**formatted(half), structured_outputs={"regex": ".{1,300}x"}, guided_regex=".{1,30}")
+        chat(**formatted(half), structured_outputs={"regex": ".{1,300}x"}, guided_regex=".{1,90}")
 
 
 def test_responses_have_it_too() -> None:
