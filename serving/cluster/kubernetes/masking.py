@@ -17,7 +17,7 @@ MASK: Final = "«masked»"
 SHORTEST_KNOWN: Final = 8
 # Variables that are ours or Ray's and say nothing, unless their name speaks of a secret.
 _HARMLESS: Final = re.compile(
-    r"^(RAY_|VLLM_|NCCL_|OMP_|CUDA_VISIBLE|HF_HUB_|TRANSFORMERS_OFFLINE$|DO_NOT_TRACK$|PYTHON)"
+    r"^(RAY_|VLLM_|NCCL_|OMP_|CUDA_VISIBLE|HF_HUB_|TRANSFORMERS_OFFLINE$|DO_NOT_TRACK$|PYTHON|GALERNE_RELEASE$)"
 )
 _SECRETIVE: Final = re.compile(
     r"(?i)(token|secret|passw|passphrase|api[-_.]?key|access[-_.]?key|account[-_.]?key|private[-_.]?key|credential|"

@@ -80,6 +80,7 @@ def plant(server: ApiServer) -> None:
         {"name": "DATABASE", "value": SECRETS["env value"]},
         {"name": "RAY_AUTH_TOKEN", "value": SECRETS["env token"]},
         {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"},
+        {"name": "GALERNE_RELEASE", "value": "galerne/news"},
         {
             "name": "GALERNE_ENGINE_TOKEN",
             "valueFrom": {"secretKeyRef": {"name": "galerne-tokens", "key": "engine_token"}},
@@ -167,6 +168,8 @@ def test_what_people_need_is_in_it(bundle: dict[str, str]) -> None:
     assert env["DATABASE"]["value"] == MASK
     assert env["RAY_AUTH_TOKEN"]["value"] == MASK
     assert env["RAY_SERVE_ENABLE_HA_PROXY"]["value"] == "1"
+    # Every series has it as a label: cut out it would be cut out of the figures, too.
+    assert env["GALERNE_RELEASE"]["value"] == "galerne/news"
     assert env["GALERNE_ENGINE_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "galerne-tokens", "key": "engine_token"}
     assert engine["spec"]["containers"][0]["image"] == "registry/galerne:1"
     assert "managedFields" not in engine["metadata"]
