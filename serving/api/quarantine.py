@@ -4,7 +4,8 @@ A client that hears 502 sends its request again, and then the next replicas comp
 requests that a replica lost without a byte of an answer, a keyed hash and which replicas those were. A request is
 refused once it has been lost on `ENDED` replicas that have ended, on one of them alone or nearly so, or on
 `ENDED_CROWDED` whoever else was there: replicas end for other reasons too, and then many innocent requests are lost
-with them. An answer to the same request clears it at once, and time does.
+with them. Equal requests that many send at once (probes, load tests) are no suspects: whoever repeats what ended a
+replica has waited for that end. An answer to the same request clears it at once, and time does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ENDED: Final = 2
 ENDED_CROWDED: Final = 3
 # So many requests lost with a replica are few enough to suspect each.
 FEW: Final = 2
-KEEP_S: Final = 600.0
+KEEP_S: Final = 300.0
 # Some 200 bytes each; the oldest goes first.
 MOST: Final = 4096
 _PURPOSE: Final = "quarantine"
@@ -32,8 +33,9 @@ _PURPOSE: Final = "quarantine"
 @dataclass(slots=True)
 class _Suspect:
     since_s: float
-    # By replica: whether its connection broke off, which by itself shows that it has ended.
-    replicas: dict[str, bool] = field(default_factory=dict)
+    # Times that each replica lost it, and those whose connection broke off, which by itself shows that they have ended.
+    replicas: dict[str, int] = field(default_factory=dict)
+    broke: set[str] = field(default_factory=set)
 
 
 class Quarantine:
@@ -55,7 +57,9 @@ class Quarantine:
         if suspect is None or now_s - suspect.since_s > KEEP_S:
             suspect = self._suspects[name] = _Suspect(now_s)
         suspect.since_s = now_s
-        suspect.replicas[replica] = suspect.replicas.get(replica, False) or kind == "broken"
+        suspect.replicas[replica] = suspect.replicas.get(replica, 0) + 1
+        if kind == "broken":
+            suspect.broke.add(replica)
         self._suspects.move_to_end(name)
         while len(self._suspects) > MOST:
             self._suspects.popitem(last=False)
@@ -76,7 +80,9 @@ class Quarantine:
         if self._clock() - suspect.since_s > KEEP_S:
             del self._suspects[name]
             return
-        ended = [replica for replica, broke in suspect.replicas.items() if broke or gone(replica)]
+        if max(suspect.replicas.values()) > FEW:
+            return
+        ended = [replica for replica in suspect.replicas if replica in suspect.broke or gone(replica)]
         nearly_alone = any(self._lost_with(replica) <= FEW for replica in ended)
         if len(ended) >= (ENDED if nearly_alone else ENDED_CROWDED):
             raise BadRequest(
@@ -86,7 +92,7 @@ class Quarantine:
             )
 
     def _lost_with(self, replica: str) -> int:
-        return sum(replica in suspect.replicas for suspect in self._suspects.values())
+        return sum(suspect.replicas.get(replica, 0) for suspect in self._suspects.values())
 
     def _name(self, model: str, body: bytes) -> bytes:
         digest = hmac.new(self._key, f"{_PURPOSE} {model}\n".encode(), "sha256")

@@ -106,6 +106,19 @@ def test_those_that_were_lost_in_a_crowd_need_one_more() -> None:
     assert not refused(quarantine, bodies[1])
 
 
+def test_what_many_send_at_once_is_no_suspect() -> None:
+    # A load test of one body, or a probe, when several engines are killed.
+    quarantine = Quarantine(b"k", Clock())
+    for replica in "abcd":
+        for _ in range(5):
+            quarantine.lost("m", b"probe", replica, "broken")
+    assert not refused(quarantine, b"probe")
+    # Nor is one that was alone of its kind among them.
+    for replica in "ab":
+        quarantine.lost("m", b"x", replica, "broken")
+    assert not refused(quarantine, b"x")
+
+
 def test_an_answer_or_time_clears_it() -> None:
     clock = Clock()
     quarantine = Quarantine(b"k", clock)
