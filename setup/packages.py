@@ -217,7 +217,14 @@ def _run(command: Sequence[str], env: Mapping[str, str]) -> tuple[int, str]:
     return done.returncode, output
 
 
-def _pips_own() -> str:
+def _pips_own(environ: Mapping[str, str]) -> str:
+    """pip's own word on its settings; its variables are read apart. Without a file of them pip, which is slow, is not
+    asked."""
+    home = environ.get("HOME", "/")
+    config = environ.get("XDG_CONFIG_HOME") or f"{home}/.config"
+    files = ["/etc/xdg/pip/pip.conf", "/etc/pip.conf", f"{home}/.pip/pip.conf", f"{config}/pip/pip.conf"]
+    if not any(map(os.path.exists, [environ.get("PIP_CONFIG_FILE", ""), f"{sys.prefix}/pip.conf", *files])):
+        return ""
     done = subprocess.run(  # this interpreter
         [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"],
         stdout=subprocess.PIPE,
@@ -241,7 +248,7 @@ def main(arguments: Sequence[str]) -> int:
     if words[:1] == ["--uv"]:
         uv, words = words[1], words[2:]
     environ = dict(os.environ)
-    env = environment(environ, pip_settings(_pips_own()), uv_is_set_up=_uv_is_set_up(environ))
+    env = environment(environ, pip_settings(_pips_own(environ)), uv_is_set_up=_uv_is_set_up(environ))
     if words[0] == "exec":
         os.execvpe(words[1], words[1:], env)  # noqa: S606  # in this process's place: signals are the command's
     pin: Pin | None = None
