@@ -67,8 +67,9 @@ ONE_MACHINE = {
 }
 
 
-# What a proxy never carries: a cluster's own traffic on its machine.
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# What a proxy never carries: a cluster's own traffic on its machine, and the question what machine this is, which Ray
+# asks of a cloud's own addresses when it starts.
+NEVER_BY_PROXY = ("127.0.0.1", "localhost", "::1", "169.254.169.254", "metadata.google.internal")
 
 
 def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
@@ -79,7 +80,7 @@ def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
     if not any(name.lower() in {"http_proxy", "https_proxy", "all_proxy"} and value for name, value in environ.items()):
         return {}
     named = (environ.get("no_proxy") or environ.get("NO_PROXY") or "").split(",")
-    entries = list(dict.fromkeys([entry.strip() for entry in named if entry.strip()] + list(LOOPBACK)))
+    entries = list(dict.fromkeys([entry.strip() for entry in named if entry.strip()] + list(NEVER_BY_PROXY)))
     return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(entries))
 
 
