@@ -2,12 +2,13 @@
 
 Requests that ended meanwhile are settled: what they held is free, and their tokens are charged to the days they were
 admitted on. Reservations that nobody heard of are undone, so they are not counted beside what the request was admitted
-by instead. Tokens of requests that the store never knew are owed: one sum for each tenant and day.
+by instead. Tokens of requests that the store never knew are owed: one sum for each tenant, day and minute, because a
+store that comes back empty is told by the ledger what had ended before.
 
 Promise: nothing is told twice and nothing is left out, also where the store goes away again while it is told, or does
 what it was asked and its answer comes too late (each part has a name that the store remembers). Memory: requests that
 ran, or were being admitted, when the store went away (a store that comes and goes leaves the last MOST_LATE of them),
-and a sum for each tenant and day.
+and a sum for each tenant and minute.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Final
 
 from serving.admission.quota_redis import RedisStore
 from serving.admission.quota_store import Demand, StoreDown, Verdict
-from serving.config import QuotaConfig
 
 MOST_LATE: Final = 65_536
+MINUTE_S: Final = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class _Late:
     demand: Demand
     verdict: Verdict
     used_tokens: int
+    ended_s: float
     refund: bool
     # It may have been told already.
     again: bool
@@ -38,13 +40,13 @@ class _Late:
 
 @dataclass(frozen=True, slots=True)
 class _Debt:
-    """Tokens that a tenant used on a day, of requests that the store never knew."""
+    """Tokens that a tenant used on a day, of requests that the store never knew, of which the last ended then."""
 
     name: str
     tenant: str
-    quota: QuotaConfig
     day: str
     tokens: int
+    ended_s: float
 
 
 class Arrears:
@@ -57,23 +59,26 @@ class Arrears:
         self._late: deque[_Late] = deque(maxlen=MOST_LATE)
         # Named when they are first told, and the same until the store has heard.
         self._debts: deque[_Debt] = deque()
-        self._owed: dict[tuple[str, str], tuple[QuotaConfig, int]] = {}
+        # By tenant, day and minute: tokens, and when the last of them were used.
+        self._owed: dict[tuple[str, str, int], tuple[int, float]] = {}
 
     def undo(self, demand: Demand, now_s: float) -> None:
         """A reservation that the store may have made, and that counts for nothing."""
-        self._late.append(_Late(demand, Verdict.uncounted(now_s), 0, refund=True, again=True))
+        self._late.append(_Late(demand, Verdict.uncounted(now_s), 0, now_s, refund=True, again=True))
 
-    def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool, again: bool) -> None:
+    def settle(
+        self, demand: Demand, verdict: Verdict, used_tokens: int, *, ended_s: float, refund: bool, again: bool
+    ) -> None:
         """A request that the store counted has ended; `again`: it may have heard so."""
-        self._late.append(_Late(demand, verdict, used_tokens, refund, again))
+        self._late.append(_Late(demand, verdict, used_tokens, ended_s, refund, again))
 
-    def owe(self, demand: Demand, day: str, tokens: int) -> None:
+    def owe(self, demand: Demand, day: str, tokens: int, ended_s: float) -> None:
         """A request that the store never knew has used so many."""
-        quota = demand.quota
-        if not tokens or (quota.tokens_per_day is None and quota.tokens_per_month is None):
+        if not tokens or not demand.quota.has_budget:
             return
-        _, before = self._owed.get((demand.tenant, day), (quota, 0))
-        self._owed[demand.tenant, day] = quota, before + tokens
+        key = demand.tenant, day, int(ended_s // MINUTE_S)
+        before, last_s = self._owed.get(key, (0, ended_s))
+        self._owed[key] = before + tokens, max(last_s, ended_s)
 
     async def pay(self) -> None:
         """Tell the store everything; StoreDown where it is away again, and what is left is told another time."""
@@ -82,7 +87,12 @@ class Arrears:
             late = self._late.popleft()
             try:
                 await self._store.settle(
-                    late.demand, late.verdict, late.used_tokens, refund=late.refund, again=late.again
+                    late.demand,
+                    late.verdict,
+                    late.used_tokens,
+                    ended_s=late.ended_s,
+                    refund=late.refund,
+                    again=late.again,
                 )
             except StoreDown as down:
                 self._late.appendleft(replace(late, again=late.again or down.asked))
@@ -90,12 +100,13 @@ class Arrears:
         await self._pay_debts()
         owed, self._owed = self._owed, {}
         self._debts.extend(
-            _Debt(self._new_name(), tenant, quota, day, tokens) for (tenant, day), (quota, tokens) in owed.items()
+            _Debt(self._new_name(), tenant, day, tokens, ended_s)
+            for (tenant, day, _), (tokens, ended_s) in owed.items()
         )
         await self._pay_debts()
 
     async def _pay_debts(self) -> None:
         while self._debts:
             debt = self._debts[0]
-            await self._store.owe(debt.name, debt.tenant, debt.quota, debt.day, debt.tokens)
+            await self._store.owe(debt.name, debt.tenant, debt.day, debt.tokens, debt.ended_s)
             self._debts.popleft()

@@ -14,6 +14,7 @@ Memory: 122 numbers, two budgets and the running requests of each tenant with a 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -41,6 +42,7 @@ class Demand:
     """What a request asks for: `lease` names it among all requests there ever were, `tokens` is what is reserved.
 
     `beside_tokens` is charged beside what its row says, where that says anything (serving.admission.estimates.Cost).
+    `remembered`: what was last seen used of the present day and month, for a store that has forgotten it.
     """
 
     tenant: str
@@ -48,6 +50,7 @@ class Demand:
     lease: str
     tokens: int
     beside_tokens: int = 0
+    remembered: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class Verdict:
 
     `refused`: the limit that stands in the way. `wait_s`: until it could fit; None: it never will, it is larger than
     the limit. `second`: the bucket it was counted in, 0: not known. `day`, `month`: which budgets. Of limits that are
-    not set the numbers are 0.
+    not set the numbers are 0. `since`: when the store began to count budgets, "": not known; `known`: whether it has
+    been told what was used before.
     """
 
     refused: Limit | None
@@ -71,6 +75,8 @@ class Verdict:
     second: int
     day: str
     month: str
+    since: str = ""
+    known: bool = True
 
     @classmethod
     def uncounted(cls, now_s: float) -> Verdict:
@@ -118,16 +124,45 @@ class QuotaStore(Protocol):
     """Where quotas are counted."""
 
     async def reserve(self, demand: Demand) -> Verdict:
-        """Count a request if every limit has room for it, else count nothing; StoreDown where the store is away."""
+        """Count a request if every limit has room for it, else count nothing.
+
+        StoreDown where the store is away; BudgetsLost where it has a budget of which it does not know what is used.
+        """
 
     async def release(self, demand: Demand) -> None:
         """A request has ended, and what it used is not known yet; StoreDown where the store is away."""
 
-    async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
-        """What a request used is known; `refund`: it is to count as none. StoreDown where the store is away."""
+    async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, ended_s: float, refund: bool) -> None:
+        """What a request used is known; `refund`: it is to count as none. StoreDown where the store is away.
 
-    async def look(self, tenant: str, quota: QuotaConfig) -> QuotaStanding:
-        """Where a tenant stands, nothing counted; StoreDown where the store is away."""
+        `ended_s` (seconds since 1970): of one that ended before the store began to count budgets the ledger tells it.
+        """
+
+    async def look(self, tenant: str, quota: QuotaConfig, remembered: Mapping[str, int]) -> QuotaStanding:
+        """Where a tenant stands, nothing counted; raises as `reserve` does."""
+
+    async def begin(self, tenant: str) -> Lost | None:
+        """Begin to count a tenant's budgets; None where it is known what was used before. Raises StoreDown."""
+
+    async def fill(self, tenant: str, lost: Lost, spent: Mapping[str, int]) -> None:
+        """Take what was used before, by day and month; once, whoever tells it. Raises StoreDown."""
+
+
+class BudgetsLost(Exception):
+    """The store does not know what was used of a budget before it began, and nor does whoever asks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A tenant's budgets of which nobody has told the store what was used before `since_s` (seconds since 1970).
+
+    `since`: the same, as the store calls it; `age_s`: so long ago. `mine`: whoever asks is to find out.
+    """
+
+    since: str
+    since_s: float
+    age_s: float
+    mine: bool
 
 
 class StoreDown(Exception):
@@ -188,23 +223,34 @@ class _Tenant:
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
     leases: set[str] = field(default_factory=set)
-    # By calendar day or month; the present one and the one before.
+    # By calendar day or month, the present one and the one before: what was counted here, and what was before.
     budgets: dict[str, int] = field(default_factory=dict)
+    before: dict[str, int] = field(default_factory=dict)
+    # Whether the ledger has told what was before.
+    known: bool = False
+
+    def spent(self, period: str) -> int:
+        """Tokens of a day or month."""
+        return self.before.get(period, 0) + self.budgets.get(period, 0)
 
 
 class MemoryStore:
-    """Counts in this process; `file` keeps the budgets across restarts."""
+    """Counts in this process; `file` keeps the budgets across restarts, and what it lost of them the ledger knows."""
 
-    def __init__(self, wall_s: Callable[[], float], file: Path | None = None) -> None:
-        """`wall_s`: seconds since the epoch."""
+    def __init__(self, wall_s: Callable[[], float], file: Path | None = None, *, ledger: bool = False) -> None:
+        """`wall_s`: seconds since the epoch. `ledger`: there is one, and it will be asked."""
         self._wall_s = wall_s
         self._file = file
         self._saved_s = 0.0
         self._dirty = False
         self._tenants: dict[str, _Tenant] = {}
-        if file is not None:
-            for tenant, budgets in _read(file).items():
-                self._tenants[tenant] = _Tenant(budgets=budgets)
+        self._began_s = wall_s()
+        self._ledger = ledger
+        kept = None if file is None else _read(file)
+        # Nothing is known of what was used before this process.
+        self._lost = ledger and kept is None
+        for tenant, budgets in (kept or {}).items():
+            self._tenants[tenant] = _Tenant(before=budgets)
 
     async def reserve(self, demand: Demand) -> Verdict:
         """Count a request if every limit has room for it, else count nothing."""
@@ -212,6 +258,8 @@ class MemoryStore:
         second = int(now_s)
         day, month = periods(now_s)
         counted = self._tenants.setdefault(demand.tenant, _Tenant())
+        if self._lost and not counted.known and quota.has_budget:
+            raise BudgetsLost
         counted.requests.advance(second)
         counted.tokens.advance(second)
         refused, wait_s = self._judge(counted, demand, now_s, day, month)
@@ -222,16 +270,18 @@ class MemoryStore:
                 counted.tokens.add(second, demand.tokens)
             if quota.concurrent_requests is not None:
                 counted.leases.add(demand.lease)
-            self._spend(demand.tenant, demand, day, month, demand.tokens)
-        return _verdict(counted, now_s, refused, wait_s)
+            self._spend(counted, quota, day, month, demand.tokens)
+        return _verdict(counted, quota, now_s, refused, wait_s)
 
-    async def look(self, tenant: str, quota: QuotaConfig) -> QuotaStanding:
+    async def look(self, tenant: str, quota: QuotaConfig, remembered: Mapping[str, int]) -> QuotaStanding:  # noqa: ARG002
         """Where a tenant stands, nothing counted."""
         now_s = self._wall_s()
         counted = self._tenants.get(tenant) or _Tenant()
+        if self._lost and not counted.known and quota.has_budget:
+            raise BudgetsLost
         counted.requests.advance(int(now_s))
         counted.tokens.advance(int(now_s))
-        return QuotaStanding.of(quota, _verdict(counted, now_s, None, 0.0), now_s)
+        return QuotaStanding.of(quota, _verdict(counted, quota, now_s, None, 0.0), now_s)
 
     async def release(self, demand: Demand) -> None:
         """A request has ended, and what it used is not known yet."""
@@ -239,9 +289,45 @@ class MemoryStore:
         if counted is not None:
             counted.leases.discard(demand.lease)
 
-    async def settle(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
+    async def settle(
+        self,
+        demand: Demand,
+        verdict: Verdict,
+        used_tokens: int,
+        *,
+        ended_s: float,  # noqa: ARG002 - all that it settles it has counted
+        refund: bool,
+    ) -> None:
         """What a request used is known."""
         self.charge(demand, verdict, used_tokens, refund=refund)
+
+    async def begin(self, tenant: str) -> Lost | None:
+        """What was used before this process is not known until the ledger has told it, where there is one."""
+        if not self._ledger or self._tenants.setdefault(tenant, _Tenant()).known:
+            return None
+        return Lost("", self._began_s, math.inf, mine=True)
+
+    async def fill(self, tenant: str, lost: Lost, spent: Mapping[str, int]) -> None:  # noqa: ARG002 - there is one
+        """Take what was used before: of file and ledger each may have forgotten some of it."""
+        counted = self._tenants.setdefault(tenant, _Tenant())
+        for period, tokens in spent.items():
+            counted.before[period] = max(tokens, counted.before.get(period, 0))
+        counted.known = True
+        self._dirty = True
+
+    def remember(self, tenant: str, spent: Mapping[str, int]) -> None:
+        """Count on from what another store had counted."""
+        self._tenants.setdefault(tenant, _Tenant()).before = dict(spent)
+
+    def forget_budgets(self) -> None:
+        """Another store has been told what was counted here."""
+        for counted in self._tenants.values():
+            counted.budgets.clear()
+
+    def owe(self, demand: Demand, verdict: Verdict, tokens: int) -> None:
+        """Charge budgets for a request that was let through uncounted."""
+        counted = self._tenants.setdefault(demand.tenant, _Tenant())
+        self._spend(counted, demand.quota, verdict.day, verdict.month, tokens)
 
     def charge(self, demand: Demand, verdict: Verdict, used_tokens: int, *, refund: bool) -> None:
         """The same in one step."""
@@ -257,12 +343,12 @@ class MemoryStore:
                 counted.tokens.add(int(self._wall_s()), beyond)
             elif beyond:
                 counted.tokens.give_back(verdict.second, -beyond)
-        self._spend(demand.tenant, demand, verdict.day, verdict.month, beyond)
+        self._spend(counted, demand.quota, verdict.day, verdict.month, beyond)
 
     def budgets(self, tenant: str) -> dict[str, int]:
         """A tenant's tokens by calendar day and month."""
         counted = self._tenants.get(tenant)
-        return {} if counted is None else dict(counted.budgets)
+        return {} if counted is None else {p: counted.spent(p) for p in sorted({*counted.before, *counted.budgets})}
 
     def save(self) -> None:
         """Write the budgets where they have changed. A disk in trouble stops no request; it is logged."""
@@ -270,7 +356,7 @@ class MemoryStore:
             return
         self._saved_s, self._dirty = self._wall_s(), False
         try:
-            _replace(self._file, {t: c.budgets for t, c in self._tenants.items() if c.budgets})
+            _replace(self._file, {t: found for t in self._tenants if (found := self.budgets(t))})
         except OSError as error:
             log.warning("budgets are not written: a restart forgets them", reason=error.strerror)
 
@@ -278,9 +364,9 @@ class MemoryStore:
         self, counted: _Tenant, demand: Demand, now_s: float, day: str, month: str
     ) -> tuple[Limit | None, float | None]:
         quota, tokens = demand.quota, demand.tokens
-        if quota.tokens_per_month is not None and counted.budgets.get(month, 0) + tokens > quota.tokens_per_month:
+        if quota.tokens_per_month is not None and counted.spent(month) + tokens > quota.tokens_per_month:
             return "month", until_next(now_s, "month")
-        if quota.tokens_per_day is not None and counted.budgets.get(day, 0) + tokens > quota.tokens_per_day:
+        if quota.tokens_per_day is not None and counted.spent(day) + tokens > quota.tokens_per_day:
             return "day", until_next(now_s, "day")
         if quota.concurrent_requests is not None and len(counted.leases) >= quota.concurrent_requests:
             return "concurrent", CONCURRENT_WAIT_S
@@ -292,21 +378,25 @@ class MemoryStore:
             return "tokens", counted.tokens.wait_s(now_s, tokens, limit)
         return None, 0.0
 
-    def _spend(self, tenant: str, demand: Demand, day: str, month: str, tokens: int) -> None:
-        budgets = self._tenants[tenant].budgets
-        for set_, period in ((demand.quota.tokens_per_day, day), (demand.quota.tokens_per_month, month)):
-            if set_ is not None:
-                budgets[period] = budgets.get(period, 0) + tokens
+    def _spend(self, counted: _Tenant, quota: QuotaConfig, day: str, month: str, tokens: int) -> None:
+        if not quota.has_budget:
+            return
+        # Both, whichever is limited: the other may be from the next reload on.
+        for period in (day, month):
+            counted.budgets[period] = counted.budgets.get(period, 0) + tokens
         for length in (len(day), len(month)):
             # Of those before the last two nobody asks again.
-            for old in sorted(period for period in budgets if len(period) == length)[:-2]:
-                del budgets[old]
+            for old in sorted(p for p in {*counted.budgets, *counted.before} if len(p) == length)[:-2]:
+                counted.budgets.pop(old, None)
+                counted.before.pop(old, None)
         self._dirty = True
         if self._wall_s() - self._saved_s >= SAVE_EVERY_S:
             self.save()
 
 
-def _verdict(counted: _Tenant, now_s: float, refused: Limit | None, wait_s: float | None) -> Verdict:
+def _verdict(
+    counted: _Tenant, quota: QuotaConfig, now_s: float, refused: Limit | None, wait_s: float | None
+) -> Verdict:
     day, month = periods(now_s)
     return Verdict(
         refused,
@@ -316,8 +406,8 @@ def _verdict(counted: _Tenant, now_s: float, refused: Limit | None, wait_s: floa
         counted.tokens.total,
         counted.tokens.reset_s(now_s),
         len(counted.leases),
-        counted.budgets.get(day, 0),
-        counted.budgets.get(month, 0),
+        0 if quota.tokens_per_day is None else counted.spent(day),
+        0 if quota.tokens_per_month is None else counted.spent(month),
         int(now_s),
         day,
         month,
@@ -346,12 +436,12 @@ def until_next(now_s: float, period: Literal["day", "month"]) -> float:
     return (following - now).total_seconds()
 
 
-def _read(file: Path) -> dict[str, dict[str, int]]:
+def _read(file: Path) -> dict[str, dict[str, int]] | None:
     try:
         found = json.loads(file.read_text())
         return {str(t): {str(p): int(n) for p, n in budgets.items()} for t, budgets in found.items()}
     except FileNotFoundError:
-        return {}
+        return None
     except (OSError, ValueError, AttributeError, TypeError):
         # To go on without would give every tenant its whole budget again.
         raise ConfigError((f"{file}: it holds no budgets that can be read; put it right, or remove it",)) from None

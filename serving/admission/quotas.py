@@ -5,6 +5,8 @@ stays charged until it has its row in the ledger, and then it is charged what th
 it ended; nobody is told that a request never fits because of a guess; a tenant without limits pays one look-up. While a
 shared store does not answer, what happens is the operator's choice (`limits_on_outage`), requests do not wait for it
 again and again, and what was used meanwhile is charged to the budgets once it is back, whatever was chosen (`arrears`).
+A store that has lost its budgets is told them by the ledger (`rebuild`); until then they are what this gateway last saw
+of them, and no budget may be spent twice.
 """
 
 from __future__ import annotations
@@ -26,7 +28,16 @@ import structlog
 from serving.admission.arrears import Arrears
 from serving.admission.estimates import Cost
 from serving.admission.quota_redis import LEASE_S, RedisStore
-from serving.admission.quota_store import Demand, MemoryStore, QuotaStanding, QuotaStore, StoreDown, Verdict
+from serving.admission.quota_store import (
+    BudgetsLost,
+    Demand,
+    MemoryStore,
+    QuotaStanding,
+    QuotaStore,
+    StoreDown,
+    Verdict,
+)
+from serving.admission.rebuild import Books, Rebuild
 from serving.admission.redis_link import RedisLink
 from serving.config import MEMORY, GalerneConfig, Limit, OnOutage, QuotaConfig, TenantConfig
 from serving.errors import QuotaExceeded, RateLimited, TokensLimited, Unavailable
@@ -35,6 +46,8 @@ OUTAGE_RETRY_S = 5
 # While the store is away it is looked for so often; while it answers, leases are renewed and budgets written.
 LOOK_EVERY_S = 1.0
 RENEW_EVERY_S = LEASE_S / 4
+# A request of a tenant of whose budgets nothing is known waits so long for the ledger's word.
+REBUILT_WITHIN_S = 10.0
 Headers = list[tuple[bytes, bytes]]
 
 log = structlog.get_logger("galerne.quotas")
@@ -74,6 +87,10 @@ class Billed(Protocol):
     def completion_tokens(self) -> int: ...
     @property
     def outcome(self) -> str: ...
+    @property
+    def started_at(self) -> float: ...
+    @property
+    def duration_s(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +113,24 @@ class Quotas:
         *,
         on_outage: OnOutage = "local",
         metrics: QuotaMetrics,
+        books: Books | None = None,
+        rebuilt_within_s: float = REBUILT_WITHIN_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`memory` counts where there is no `link`, and in an outage of it with `on_outage` local."""
+        """`memory` counts where there is no `link`, and in an outage of it with `on_outage` local.
+
+        `books`: the ledger, where there is one: requests wait so long for its word on budgets that nobody knows.
+        """
+        self._rebuilt_within_s = rebuilt_within_s
         self._memory = memory
         self._link = link
-        self._shared = None if link is None else RedisStore(link)
+        ledger = "" if books is None else books.name
+        self._shared = None if link is None else RedisStore(link, ledger=ledger, name=uuid.uuid4().hex)
+        self._rebuild = None if books is None else Rebuild(self._shared or memory, books, clock=clock)
+        # By tenant, what was last seen used of its present day and month.
+        self._remembered: dict[str, dict[str, int]] = {}
+        # The store that the budgets of these tenants were looked for in.
+        self._which: str | None = None
         self._arrears = None if self._shared is None else Arrears(self._shared, lambda: uuid.uuid4().hex)
         self._on_outage = on_outage
         self._metrics = metrics
@@ -114,6 +144,8 @@ class Quotas:
     def update(self, tenants: Iterable[TenantConfig]) -> None:
         """Take the tenants' limits, now or after a reload; running requests are settled by what they came with."""
         self._limited = {tenant.id: tenant.quota for tenant in tenants if tenant.quota.limited}
+        # There may be budgets among them of which nobody has asked the ledger yet.
+        self._which = None
 
     def divide(self, gateways: int) -> None:
         """Take how many gateways there are: each one's part of the limits in an outage of the shared store."""
@@ -136,7 +168,10 @@ class Quotas:
         quota = self._limited.get(tenant)
         if quota is None:
             return None
-        charge = await self._reserve(Demand(tenant, quota, lease, reserved(cost, quota), cost.beside_tokens))
+        demand = Demand(
+            tenant, quota, lease, reserved(cost, quota), cost.beside_tokens, self._remembered.get(tenant, {})
+        )
+        charge = await self._reserve(demand)
         if charge.store is None:
             return charge
         quota, verdict = charge.demand.quota, charge.verdict
@@ -165,24 +200,35 @@ class Quotas:
         used, refund = row.prompt_tokens + row.completion_tokens, row.outcome in {"rejected", "failed"}
         if used:
             used += charge.demand.beside_tokens
-        if self._shared is None and charge.store is not None:
-            # In this process it is one step, also while the gateway closes.
+        if charge.store is not None and charge.verdict.known:
+            seen = self._remembered.get(charge.demand.tenant, {})
+            for period in seen.keys() & {charge.verdict.day, charge.verdict.month}:
+                seen[period] += used - charge.demand.tokens
+        if self._shared is not None:
+            self._beside(self._settle(charge, used, row.started_at + row.duration_s, refund=refund))
+        # In this process it is one step, also while the gateway closes.
+        elif charge.store is not None:
             self._memory.charge(charge.demand, charge.verdict, used, refund=refund)
         else:
-            self._beside(self._settle(charge, used, refund=refund))
+            self._memory.owe(charge.demand, charge.verdict, used)
 
     async def standing(self, tenant: str) -> tuple[QuotaConfig, QuotaStanding | None]:
-        """A tenant's limits and how much of them is used; None while the store that gateways share is away."""
+        """A tenant's limits and how much of them is used; None while that is not known."""
         quota = self._limited.get(tenant, QuotaConfig())
         store: QuotaStore = self._memory if self._shared is None else self._shared
-        with suppress(StoreDown):
-            return quota, await store.look(tenant, quota)
+        with suppress(StoreDown, BudgetsLost):
+            return quota, await store.look(tenant, quota, self._remembered.get(tenant, {}))
         return quota, None
 
     async def settled(self) -> None:
         """Return when all that has its row is charged."""
         while self._settling:
             await asyncio.wait(self._settling)
+
+    @property
+    def rebuilding(self) -> frozenset[str]:
+        """Tenants of whose budgets the ledger has still to tell."""
+        return frozenset() if self._rebuild is None else self._rebuild.wanted
 
     async def watch(self, sleep: Callable[[float], Awaitable[None]]) -> None:
         """For ever: look for a store that is away, renew leases, write budgets."""
@@ -199,16 +245,30 @@ class Quotas:
 
     def close(self) -> None:
         """Write what is kept in this process."""
+        if self._rebuild is not None:
+            self._rebuild.close()
         self._memory.save()
 
     # --
 
     async def _reserve(self, demand: Demand) -> Charge:
+        try:
+            return await self._counted(demand)
+        except BudgetsLost:
+            if self._rebuild is not None and await self._rebuild.wait(demand.tenant, self._rebuilt_within_s):
+                with suppress(BudgetsLost):
+                    return await self._counted(demand)
+        # Nothing is known of what its tenant has used, and a part of a budget that is spent already is too much.
+        if self._on_outage == "open":
+            return Charge(demand, Verdict.uncounted(self._wall_s()), None)
+        raise self._uncertain(demand.tenant)
+
+    async def _counted(self, demand: Demand) -> Charge:
         if self._shared is None or self._arrears is None:
-            return Charge(demand, await self._memory.reserve(demand), self._memory)
+            return self._seen(Charge(demand, await self._memory.reserve(demand), self._memory))
         now_s = self._shared.wall_s()
         try:
-            return Charge(demand, await self._shared.reserve_at(now_s, demand), self._shared)
+            return self._seen(Charge(demand, await self._shared.reserve_at(now_s, demand), self._shared))
         except StoreDown as down:
             if down.asked:
                 self._arrears.undo(demand, now_s)
@@ -218,14 +278,39 @@ class Quotas:
         if self._on_outage == "open":
             return Charge(demand, Verdict.uncounted(now_s), None)
         if self._on_outage == "closed":
-            self._metrics.quota_refused(demand.tenant, "store")
-            raise Unavailable(
-                "Usage limits cannot be checked at the moment. Try again shortly.",
-                code="limits_unavailable",
-                retry_after_s=OUTAGE_RETRY_S,
-            )
+            raise self._uncertain(demand.tenant)
         own = part_in_outage(demand, self._gateways)
+        # Of what is used already each gateway has its part too.
+        self._memory.remember(
+            demand.tenant, {period: used // self._gateways for period, used in demand.remembered.items()}
+        )
         return Charge(own, await self._memory.reserve(own), self._memory)
+
+    def _uncertain(self, tenant: str) -> Unavailable:
+        self._metrics.quota_refused(tenant, "store")
+        return Unavailable(
+            "Usage limits cannot be checked at the moment. Try again shortly.",
+            code="limits_unavailable",
+            retry_after_s=OUTAGE_RETRY_S,
+        )
+
+    def _wall_s(self) -> float:
+        return time.time() if self._shared is None else self._shared.wall_s()
+
+    def _seen(self, charge: Charge) -> Charge:
+        """Remember what is used of a tenant's budgets, for a store that forgets it."""
+        verdict, tenant, quota = charge.verdict, charge.demand.tenant, charge.demand.quota
+        if not quota.has_budget:
+            return charge
+        if verdict.known:
+            seen = self._remembered[tenant] = {}
+            if quota.tokens_per_day is not None:
+                seen[verdict.day] = verdict.day_used
+            if quota.tokens_per_month is not None:
+                seen[verdict.month] = verdict.month_used
+        elif self._rebuild is not None:
+            self._rebuild.want((tenant,))
+        return charge
 
     def _let_go(self, charge: Charge) -> bool:
         """Forget the lease of a running request; False where it was forgotten before."""
@@ -245,29 +330,38 @@ class Quotas:
         with suppress(StoreDown):
             await store.release(demand)
 
-    async def _settle(self, charge: Charge, used: int, *, refund: bool) -> None:
+    async def _settle(self, charge: Charge, used: int, ended_s: float, *, refund: bool) -> None:
         demand, verdict = charge.demand, charge.verdict
         if charge.store is not None:
             try:
-                await charge.store.settle(demand, verdict, used, refund=refund)
+                await charge.store.settle(demand, verdict, used, ended_s=ended_s, refund=refund)
             except StoreDown as down:
                 if self._arrears is not None:
-                    self._arrears.settle(demand, verdict, used, refund=refund, again=down.asked)
+                    self._arrears.settle(demand, verdict, used, ended_s=ended_s, refund=refund, again=down.asked)
                 return
         if self._arrears is not None and charge.store is not self._shared:
             # To the day it was admitted on, as where the store has not been away.
-            self._arrears.owe(demand, verdict.day, used)
+            self._arrears.owe(demand, verdict.day, used, ended_s)
 
     async def _look(self, *, renew: bool) -> None:
         self._memory.save()
         if self._link is None or self._shared is None or self._arrears is None:
+            self._look_for_budgets("")
             return
         if not await self._link.probe():
             return
         with suppress(StoreDown):
+            self._look_for_budgets(await self._shared.which())
             await self._arrears.pay()
+            self._memory.forget_budgets()
             if renew:
                 await self._shared.renew([(t, list(leases)) for t, leases in self._running.items() if leases])
+
+    def _look_for_budgets(self, which: str) -> None:
+        """Rebuild what this store does not know of tenants' budgets; once, until it is another or tenants change."""
+        if self._rebuild is not None and which != self._which:
+            self._which = which
+            self._rebuild.want(tenant for tenant, quota in self._limited.items() if quota.has_budget)
 
     def _show(self, tenant: str, quota: QuotaConfig, verdict: Verdict) -> None:
         for limit, used, most in _uses(quota, verdict):
@@ -363,15 +457,23 @@ def _seconds(wait_s: float | None) -> int:
     return max(1, math.ceil(wait_s or 0.0))
 
 
-def of(config: GalerneConfig, metrics: StoreMetrics, file: Path | None, password: str | None = None) -> Quotas:
+def of(
+    config: GalerneConfig,
+    metrics: StoreMetrics,
+    file: Path | None,
+    password: str | None = None,
+    books: Books | None = None,
+) -> Quotas:
     """The quotas of a configuration; `file` keeps budgets where no shared store and no file of its own is named.
 
-    `password` is the shared store's where its URL has none.
+    `password` is the shared store's where its URL has none; `books` the ledger, where there is one.
     """
     parts = urlsplit(config.limits_store)
     metrics.limits_store(up=True)
     if parts.scheme == MEMORY:
-        memory = MemoryStore(time.time, Path(parts.path) if parts.path.strip("/") else file)
-        return Quotas(config.tenants, memory, metrics=metrics)
+        own = Path(parts.path) if parts.path.strip("/") else file
+        memory = MemoryStore(time.time, own, ledger=books is not None)
+        return Quotas(config.tenants, memory, on_outage=config.limits_on_outage, metrics=metrics, books=books)
     link = RedisLink(config.limits_store, lambda up: metrics.limits_store(up=up), password)
-    return Quotas(config.tenants, MemoryStore(time.time), link, on_outage=config.limits_on_outage, metrics=metrics)
+    memory = MemoryStore(time.time)
+    return Quotas(config.tenants, memory, link, on_outage=config.limits_on_outage, metrics=metrics, books=books)

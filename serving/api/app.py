@@ -53,6 +53,7 @@ from serving.errors import BadRequest, HeadersTooLarge, MethodNotAllowed, NotFou
 from serving.metering.asking import LedgerQuestions
 from serving.metering.ledger import Ledger
 from serving.metering.row import Row
+from serving.metering.spent import LedgerBooks
 from serving.metering.usage import Usage
 from serving.metrics.gateway import GatewayMetrics
 from serving.routing.fingerprint import secret
@@ -128,7 +129,9 @@ class Gateway:
         self._explainer = Explainer(config, self._catalogue, self.vocabularies, self.replicas)
         self.hold = Hold(config.models, config.tenants, clock=clock, on_need=wake, metrics=metrics)
         self._rng = rng
-        self.quotas = quotas.of(config, metrics, limits_file, limits_password)
+        questions = None if ledger is None else LedgerQuestions(ledger.settings)
+        books = None if ledger is None or questions is None else LedgerBooks(ledger, questions)
+        self.quotas = quotas.of(config, metrics, limits_file, limits_password, books)
         self.health = Health(config.models, clock, metrics, lambda model, out: self.hold[model].ejected(out))
         faults = config.gateway.faults
         heard_for_s = PROBES_HEARD * faults.probe_interval_s
@@ -176,7 +179,6 @@ class Gateway:
         )
         if ledger is not None:
             metrics.watch_ledger(ledger.state)
-        questions = None if ledger is None else LedgerQuestions(ledger.settings)
         self._usage = TenantUsage(questions, self.quotas, self.hold, wall=wall, clock=clock)
         metrics.watch(self.replicas, self.hold)
         metrics.watch_ejections(self.health)

@@ -99,7 +99,8 @@ class Billing:
     @contextmanager
     def request(self, exchange: Exchange, charge: Callable[[Row], None] = lambda _: None) -> Iterator[None]:
         """Around a relayed request: one row, however it ends. `charge` is called with it, once."""
-        started_at = self._now()
+        # When the exchange began, so that beginning and duration tell the end.
+        started_at = self._now() - (self._clock() - exchange.started_s)
         status: int | None = None
         try:
             yield

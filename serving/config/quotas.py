@@ -62,6 +62,11 @@ class QuotaConfig(Frozen):
         }
 
     @property
+    def has_budget(self) -> bool:
+        """Whether the tokens of a day or a month are limited."""
+        return self.tokens_per_day is not None or self.tokens_per_month is not None
+
+    @property
     def limited(self) -> bool:
         """Whether anything is limited at all."""
         return any(value is not None for _, value in self)

@@ -1,6 +1,7 @@
 """The gateway's questions to its ledger: asked off the event loop, one at a time, each within a time.
 
-Promises: `ask` returns or raises within `WAIT_S` + `ANSWER_S`, whatever the database does; a tenant has one question
+Promises: `ask` returns or raises within `WAIT_S` + `ANSWER_S` (more where a question allows its database more),
+whatever the database does; a tenant has one question
 under way at a gateway; a gateway has one process that asks, and none where nobody has asked for `IDLE_S`.
 """
 
@@ -27,7 +28,8 @@ READER: Final = ("-m", "serving.metering.reader")
 # Others' questions come first, for so long.
 WAIT_S: Final = 10.0
 # From the question's line to the answer's: a process that starts, a connection and the database's own time.
-ANSWER_S: Final = WITHIN_S + 10.0
+START_S: Final = 10.0
+ANSWER_S: Final = WITHIN_S + START_S
 IDLE_S: Final = 60.0
 END_S: Final = 2.0
 READ_BYTES: Final = 1 << 16
@@ -55,7 +57,8 @@ class LedgerQuestions:
         self._program = program
         self._answer_s, self._wait_s, self._idle_s = answer_s, wait_s, idle_s
         self._clock = clock
-        self._tenants: set[str] = set()
+        # Each with whether it is the tenant's own question.
+        self._asked: set[tuple[str, bool]] = set()
         self._turn = asyncio.Lock()
         # The one thread that knows the process.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
@@ -65,13 +68,14 @@ class LedgerQuestions:
 
     async def ask(self, question: Question) -> tuple[Sums, ...]:
         """The sums; raises NoAnswer."""
-        if question.tenant in self._tenants:
+        whose = question.tenant, question.ended_before_s is None
+        if whose in self._asked:
             raise NoAnswer("busy")
-        self._tenants.add(question.tenant)
+        self._asked.add(whose)
         try:
             return await self._in_turn(question)
         finally:
-            self._tenants.discard(question.tenant)
+            self._asked.discard(whose)
 
     def close(self) -> None:
         """End the process, once. A question under way hears that the ledger is away."""
@@ -95,7 +99,8 @@ class LedgerQuestions:
         loop = asyncio.get_running_loop()
         try:
             self._stop_idling()
-            reply = await loop.run_in_executor(self._thread, self._exchange, _encode(question) + b"\n")
+            answer_s = self._answer_s + question.within_s - WITHIN_S
+            reply = await loop.run_in_executor(self._thread, self._exchange, _encode(question) + b"\n", answer_s)
         except RuntimeError as error:
             # The executor takes nothing after `close`.
             raise NoAnswer("away", str(error)) from None
@@ -114,8 +119,8 @@ class LedgerQuestions:
 
     # -- in the thread
 
-    def _exchange(self, line: bytes) -> Reply:
-        deadline_s = self._clock() + self._answer_s
+    def _exchange(self, line: bytes, answer_s: float) -> Reply:
+        deadline_s = self._clock() + answer_s
         # A process may have ended since the last question, for want of memory for example: then once with a new one.
         for _ in range(2 if self._process is not None else 1):
             try:

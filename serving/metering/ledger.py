@@ -28,6 +28,8 @@ WRITER: Final = ("-m", "serving.metering.writer")
 # Between two flushes, and while the disk cannot be written: some 50 MB.
 PENDING_ROWS: Final = 100_000
 RESTART_S: Final = 5.0
+# From the spill to the database: the writer's look, and a commit.
+WRITTEN_S: Final = 2.0
 STOP_S: Final = 5.0
 # A fault that goes on is logged once in so long.
 REPEAT_S: Final = 60.0
@@ -89,6 +91,11 @@ class Ledger:
             pending.append(row)
         else:
             self._dropped += 1
+
+    @property
+    def lag_s(self) -> float:
+        """So long after a request's end its row is in the database, where nothing is behind."""
+        return self.flush_s + WRITTEN_S
 
     def state(self) -> LedgerState:
         """The state of the last flush, for metrics."""

@@ -18,13 +18,17 @@ MOST_ROWS: Final = 2000
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """Sums of one tenant's requests that began in [since_s, until_s), seconds since 1970; without `models` of all."""
+    """Sums of one tenant's requests that began in [since_s, until_s), seconds since 1970; without `models` of all.
+
+    `ended_before_s`: of those alone that had ended by then.
+    """
 
     tenant: str
     since_s: int
     until_s: int
     by: tuple[Group, ...] = ()
     models: tuple[str, ...] = ()
+    ended_before_s: float | None = None
     most_rows: int = MOST_ROWS
     within_s: float = WITHIN_S
 

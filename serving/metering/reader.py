@@ -57,6 +57,9 @@ class Reader:
             self._engine = store.connect(self._url)
         with self._engine.connect() as connection:
             store.bound(connection, question.within_s)
+            if question.ended_before_s is not None and not store.is_begun(connection):
+                # Its first writer is about to make it: nothing was ever billed.
+                return []
             return store.totals(
                 connection,
                 question.by,
@@ -64,6 +67,7 @@ class Reader:
                 since=datetime.fromtimestamp(question.since_s, UTC),
                 until=datetime.fromtimestamp(question.until_s, UTC),
                 models=question.models,
+                ended_before_s=question.ended_before_s,
                 limit=question.most_rows + 1,
             )
 

@@ -28,6 +28,9 @@ STATEMENT_MS: Final = 60_000
 # Steps of SQLite's machine between two looks at the clock: a millisecond.
 PROGRESS_STEPS: Final = 20_000
 QUERY_CANCELED: Final = "57014"
+# 1970 in SQLite's days.
+JULIAN_1970: Final = 2440587.5
+DAY_S: Final = 86400.0
 
 
 class Utc(sa.types.TypeDecorator[datetime]):
@@ -105,6 +108,11 @@ def missing_file(url: str) -> str | None:
     return parsed.database
 
 
+def is_begun(connection: Connection) -> bool:
+    """Whether a writer has ever made the table here."""
+    return sa.inspect(connection).has_table(USAGE.name)
+
+
 def bound(connection: Connection, seconds: float) -> None:
     """End statements of this connection's transaction that take longer, counted from now; `took_too_long` tells."""
     if connection.dialect.name == "postgresql":
@@ -142,11 +150,13 @@ def totals(
     since: datetime | None = None,
     until: datetime | None = None,
     models: Sequence[str] = (),
+    ended_before_s: float | None = None,
     limit: int | None = None,
 ) -> list[Mapping[str, Any]]:
     """Sums over rows that began in [since, until), grouped and ordered by columns, or `day` (UTC).
 
-    `models`: of these alone, where any are named; `limit`: so many groups at most.
+    `models`: of these alone, where any are named; `ended_before_s` (since 1970): of those that had ended by then;
+    `limit`: so many groups at most.
     """
     names: dict[str, sa.ColumnElement[Any]] = {
         name: (sa.func.date(USAGE.c.started_at) if name == "day" else USAGE.c[name]).label(name) for name in by
@@ -163,11 +173,19 @@ def totals(
         None if since is None else c.started_at >= since,
         None if until is None else c.started_at < until,
         c.model.in_(models) if models else None,
+        None if ended_before_s is None else _began_s(connection) + c.duration_s < ended_before_s,
     ):
         if condition is not None:
             query = query.where(condition)
     query = query.group_by(*names.values()).order_by(*names.values()).limit(limit)
     return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def _began_s(connection: Connection) -> sa.ColumnElement[float]:
+    """When a row's request began, seconds since 1970 with their fractions."""
+    if connection.dialect.name == "sqlite":
+        return (sa.func.julianday(USAGE.c.started_at, type_=sa.Double) - JULIAN_1970) * DAY_S
+    return sa.cast(sa.extract("epoch", USAGE.c.started_at), sa.Double)
 
 
 def ran(connection: Connection, since_s: float, until_s: float) -> Iterator[Mapping[str, Any]]:

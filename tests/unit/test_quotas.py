@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Bill:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     outcome: str = "completed"
+    started_at: float = field(default_factory=time.time)
+    duration_s: float = 0.0
 
 
 def ended(prompt: int = 0, completion: int = 0, outcome: str = "completed") -> Bill:
@@ -148,7 +151,7 @@ async def test_settling_gives_back_what_was_not_used_and_charges_what_was(
         async def standing() -> tuple[int, ...]:
             probe = demand(0, **every)
             v = await store.reserve(probe)
-            await store.settle(probe, v, 0, refund=True)
+            await store.settle(probe, v, 0, ended_s=NOW_S, refund=True)
             return v.requests_used - 1, v.tokens_used, v.day_used, v.month_used
 
         asked = demand(600, **every, concurrent_requests=1)
@@ -157,15 +160,15 @@ async def test_settling_gives_back_what_was_not_used_and_charges_what_was(
         assert 59 < verdict.tokens_reset_s <= WINDOW_S
         assert (await store.reserve(demand(600, **every))).refused == "tokens"
         assert (await store.reserve(demand(1, **every, concurrent_requests=1))).refused == "concurrent"
-        await store.settle(asked, verdict, 150, refund=False)
+        await store.settle(asked, verdict, 150, ended_s=NOW_S, refund=False)
         assert await standing() == (1, 150, 150, 150)
         second = demand(100, **every, concurrent_requests=1)
         verdict = await store.reserve(second)
         assert verdict.refused is None
-        await store.settle(second, verdict, 700, refund=False)  # beyond its estimate: charged now
+        await store.settle(second, verdict, 700, ended_s=NOW_S, refund=False)  # beyond its estimate: charged now
         assert await standing() == (2, 850, 850, 850)
         third = demand(100, **every)
-        await store.settle(third, await store.reserve(third), 0, refund=True)
+        await store.settle(third, await store.reserve(third), 0, ended_s=NOW_S, refund=True)
         assert await standing() == (2, 850, 850, 850)
 
 
@@ -174,13 +177,13 @@ async def test_to_look_counts_nothing(kind: str, request: pytest.FixtureRequest)
     limits = {"requests_per_minute": 9, "tokens_per_minute": 1000, "concurrent_requests": 5, "tokens_per_day": 5000}
     quota = QuotaConfig(**limits)
     async with store_of(kind, request) as store:
-        assert set((await store.look("acme", quota)).used.values()) == {0}
+        assert set((await store.look("acme", quota, {})).used.values()) == {0}
         await store.reserve(demand(600, **limits))
         for _ in range(2):
-            found = await store.look("acme", quota)
+            found = await store.look("acme", quota, {})
             # What is not limited is not among them, and another tenant has used nothing.
             assert found.used == {"requests": 1, "tokens": 600, "concurrent": 1, "day": 600}
-            assert (await store.look("other", quota)).used == dict.fromkeys(found.used, 0)
+            assert (await store.look("other", quota, {})).used == dict.fromkeys(found.used, 0)
         assert 59 < (found.resets_s["tokens"] or 0.0) <= WINDOW_S
         assert 0 < (found.resets_s["day"] or 0.0) <= 86400
         assert found.resets_s["concurrent"] is None
@@ -246,7 +249,7 @@ def test_in_no_minute_is_more_let_through_than_the_limit(plan: list[tuple[str, f
                     assert len(recent) + 1 > 6 or sum(recent) + tokens > 1000
             elif running:
                 asked, verdict = running.pop(0)
-                await store.settle(asked, verdict, asked.tokens, refund=False)
+                await store.settle(asked, verdict, asked.tokens, ended_s=NOW_S, refund=False)
         for at_s, _ in passed:
             window = [n for other_s, n in passed if at_s <= other_s < at_s + 60]
             assert len(window) <= 6
