@@ -161,6 +161,14 @@ def test_silent_connections_count_as_well_and_room_that_is_left_is_had_again(tmp
             pass
 
 
+def test_within_its_bound_a_source_is_served_beside_its_own_silence(tmp_path: Path) -> None:
+    bound = 40
+    with front(tmp_path, source_connections=bound) as running, ExitStack() as stack:
+        for _ in range(bound - 1):
+            stack.enter_context(running.connect())
+        assert {running.ask(LINE % b"").status for _ in range(20)} == {200}
+
+
 LINE = b"GET /x HTTP/1.1\r\nhost: x\r\nconnection: close\r\n%b\r\n"
 
 
