@@ -15,10 +15,11 @@ import pytest
 from serving.cli import state
 from serving.cluster.environment import environment, haproxy_connections, past_proxies
 from serving.cluster.haproxy import TCP_IDLE_S, EdgeLimits, harden
-from serving.cluster.haproxy_answers import ERROR_FILES, write_files
+from serving.cluster.haproxy_answers import ERROR_FILES, with_messages, write_files
 from serving.cluster.processes import ENV_TAKES_TURNS, descendants, end_descendants, free_port, port_is_free
 from serving.config import GalerneConfig, ModelConfig
 from serving.engine import on_cpu
+from serving.errors import ClusterError
 from serving.metrics.table import TABLE
 from serving.routing.policies import less_loaded_of_two
 from serving.routing.replicas import Endpoint, ReplicaSet
@@ -310,3 +311,23 @@ def test_traffic_on_the_machine_goes_past_every_proxy() -> None:
         assert past_proxies({name: "http://proxy.example:3128"}) == {"no_proxy": own, "NO_PROXY": own}
     named = {"HTTP_PROXY": "http://proxy.example:3128", "NO_PROXY": "corp.example, localhost"}
     assert past_proxies(named)["no_proxy"].split(",")[:4] == ["corp.example", "localhost", "127.0.0.1", "::1"]
+
+
+@pytest.mark.parametrize("linked", ["galerne", "galerne/8000"])
+def test_no_directory_is_made_private_through_a_link(linked: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o755)
+    link = tmp_path / linked
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(victim)
+    with pytest.raises(ClusterError, match="have it removed"):
+        state.make_private(tmp_path / "galerne" / "8000")
+    assert victim.stat().st_mode & 0o777 == 0o755
+    assert list(victim.iterdir()) == []
+
+
+def test_a_program_without_haproxys_pages_is_not_touched() -> None:
+    with pytest.raises(ValueError, match="not one"):
+        with_messages(b"another program")
+    with pytest.raises(ValueError, match="bytes for status 400"):
+        with_messages(b"HTTP/1.1 400 Bad\r\nContent-Type: text/html\r\n\r\n<html>\0")
