@@ -102,7 +102,7 @@ class Machine:
 
     def engines_last_words(self) -> str:
         """What Ray's workers wrote to standard error at their end."""
-        logs = sorted(self.directory.glob("tmp/ray/session_2*/logs/worker-*.err"))
+        logs = sorted(self.directory.glob("tmp/galerne-*/*/r/session_2*/logs/worker-*.err"))
         return "\n".join(file.read_text(errors="replace")[-1500:] for file in logs)
 
     def sentences(self, line: str) -> list[str]:
