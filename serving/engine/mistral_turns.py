@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 Turn = dict[str, Any]
@@ -58,7 +58,8 @@ def fitted(turns: Sequence[Turn], version: int) -> list[Turn]:
 def _with_text(turn: Turn) -> Turn:
     """A turn whose content is a text: parts one behind the other; null is empty."""
     content = turn.get("content")
-    if isinstance(content, list):
+    if isinstance(content, Iterable) and not isinstance(content, str):
+        # Not always a list: pydantic leaves an iterator in its place.
         texts = (part if isinstance(part, str) else _text(part) for part in content)
         content = "".join(text for text in texts if text)
     return {**turn, "content": "" if content is None else content}

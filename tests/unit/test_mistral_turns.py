@@ -88,7 +88,8 @@ def test_parts_are_text_and_reasoning_is_left_out() -> None:
         {"type": "text", "text": "c"},
         {"type": "refusal", "refusal": "d"},
     ]
-    assert fitted([user(parts)], 3) == [user("abcd")]
+    assert fitted([user(parts)], 3) == fitted([user(iter(parts))], 3) == [user("abcd")]
+    assert fitted([user(), said(iter(())), user()], 3) == [user(), user()]
     assert fitted([user(), said("x", reasoning_content="r", reasoning="r"), user()], 3) == [user(), said("x"), user()]
     assert fitted([user(), said("", tool_calls=[CALL]), RESULT | {"content": None}], 3)[-1] == RESULT | {"content": ""}
     named = {**CALL, "function": {"name": "server.tool name", "arguments": "{}"}}
