@@ -83,6 +83,13 @@ $(CLIENTS)/.npm-installed: tests/clients/package-lock.json $(CLIENTS)/.installed
 	  else rm -rf $(CLIENTS)/node_modules; \
 	  echo "npm could not install tests/clients/package.json: tests of JavaScript clients and coding agents are skipped" >&2; fi
 
+# Tools that evaluate models and measure servers.
+.tools/evaluation/.installed: locks/evaluation.txt | $(UV) $(VENV)/.installed
+	@rm -rf .tools/evaluation
+	$(UV) venv --quiet --python $(BIN)/python .tools/evaluation
+	@$(PACKAGES) add .tools/evaluation/bin/python locks/evaluation.txt
+	@touch $@
+
 # uv comes along: it fetches the demo's models too.
 $(VENV)/.installed: locks/cpu.txt locks/uv.txt pyproject.toml | preflight $(UV)
 	@echo "installing the locked packages into $(VENV) (about 4 GB)"
@@ -104,7 +111,7 @@ helm: install .tools/helm/.installed ## helm and kubectl into .tools/helm
 
 checkov: install .tools/checkov/.installed ## the scanner of rendered manifests into .tools/checkov
 
-clients: install $(CLIENTS)/.installed $(CLIENTS)/.npm-installed ## SDKs and coding agents that tests run, into .tools/clients
+clients: install $(CLIENTS)/.installed $(CLIENTS)/.npm-installed .tools/evaluation/.installed ## SDKs and coding agents that tests run, into .tools/clients
 
 chart: install ## renew what is generated in helm/galerne: schema, README table, rules
 	$(BIN)/python -m helm.tools.generate
@@ -147,6 +154,7 @@ lock: | $(UV) ## renew the locks from pyproject.toml
 	$(UV) pip compile --quiet --no-header --generate-hashes --no-deps locks/helm.in -o locks/helm.txt
 	$(UV) pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) locks/checkov.in -o locks/checkov.txt
 	$(UV) pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) locks/clients.in -o locks/clients.txt
+	$(PACKAGES) compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) locks/evaluation.in -o locks/evaluation.txt
 	@test ! -x $(CLIENTS)/bin/node || { $(NPM) install --prefix tests/clients --package-lock-only --no-audit --no-fund --loglevel=error \
 	  && python3 tests/clients/lock.py tests/clients/package-lock.json; }
 	$(UV) pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) \

@@ -21,6 +21,8 @@ PYTHON = CLIENTS / "bin" / "python"
 # Node comes as a Python package.
 NODE = CLIENTS / "bin" / "node"
 NODE_MODULES = CLIENTS / "node_modules"
+# Tools that measure: they exclude some of the clients.
+EVALUATION = REPOSITORY / ".tools" / "evaluation"
 PROGRAMS = Path(__file__).parent / "programs"
 HOW = "`make clients` installs it from the package index and npm's registry"
 
@@ -48,6 +50,7 @@ def environment(home: Path, **variables: str) -> dict[str, str]:
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "OPENAI_AGENTS_DISABLE_TRACING": "1",
         "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
         **variables,
     }
 

@@ -15,7 +15,7 @@ import pytest
 from tests.clients import environments
 from tests.integration.running import KEY, RunningCluster
 
-pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 OUTPUT_TOKENS = 8
 TOOL = "get_weather"
@@ -24,9 +24,9 @@ TEXTS = ["The cat sat on the mat.", "A cat is on a mat.", "Interest rates rose."
 RUN_TIMEOUT_S = 600
 
 COMMON = ("chat", "stream", "tools", "structured", "embeddings")
-REFUSALS = ("wrong_key", "unknown_model", "bad_value")
+REFUSALS = ("wrong_key", "unknown_model", "too_long", "bad_value")
 # Each client's own exception for each refusal, in the order above.
-OPENAI = ("openai.AuthenticationError", "openai.NotFoundError", "openai.BadRequestError")
+OPENAI = ("openai.AuthenticationError", "openai.NotFoundError", "openai.BadRequestError", "openai.BadRequestError")
 
 
 @dataclass(frozen=True)
@@ -37,58 +37,67 @@ class Client:
     raises: tuple[str | None, ...]
     # Codes of errors are lost in its exceptions for these.
     keeps_no_code: tuple[str, ...] = ()
-    # Of a real model its tool calls cannot be asked for: it can only be left to decide.
-    decides_on_tools: bool = False
+    # What its prompt is called where it is too long.
+    prompt: str = "messages"
+    # Of these the model is left to decide which tool to call, or how often: more than one so small can do.
+    undecided: tuple[str, ...] = ()
 
 
 CLIENTS = {
     "openai": Client((*COMMON, "responses", "responses_stream", "responses_structured"), OPENAI),
     "litellm": Client(
         COMMON,
-        ("litellm.AuthenticationError", "litellm.NotFoundError", "litellm.BadRequestError"),
-        keeps_no_code=("unknown_model",),
+        (
+            "litellm.AuthenticationError",
+            "litellm.NotFoundError",
+            "litellm.ContextWindowExceededError",
+            "litellm.BadRequestError",
+        ),
+        keeps_no_code=("unknown_model", "too_long"),
     ),
     "langchain": Client(
         (*COMMON, "responses"),
         (
             "langchain_core.ModelAuthenticationError",
             "langchain_core.ModelNotFoundError",
+            "langchain_core.ContextOverflowError",
             "langchain_core.ModelInvalidRequestError",
         ),
     ),
     # It checks a temperature itself.
-    "llama_index": Client(COMMON, (*OPENAI[:2], None)),
+    "llama_index": Client(COMMON, (*OPENAI[:3], None), undecided=("tools", "structured")),
     "instructor": Client(("structured", "by_tool", "structured_stream"), OPENAI),
     "pydantic_ai": Client(
-        (*COMMON, "responses", "by_tool"), ("pydantic_ai.ModelHTTPError",) * 3, decides_on_tools=True
+        (*COMMON, "responses", "by_tool"), ("pydantic_ai.ModelHTTPError",) * 4, undecided=("tools", "by_tool")
     ),
     "openai_agents": Client(
-        ("chat", "stream", "tools", "structured", "responses", "responses_stream"), OPENAI, decides_on_tools=True
+        ("chat", "stream", "tools", "structured", "responses", "responses_stream"), OPENAI, undecided=("tools",)
     ),
     # It checks a temperature itself.
-    "llm": Client(("chat", "stream", "tools", "structured"), (*OPENAI[:2], None), decides_on_tools=True),
+    "llm": Client(("chat", "stream", "tools", "structured"), (*OPENAI[:3], None), undecided=("tools",)),
     "openai_node": Client(
         (*COMMON, "responses", "responses_stream", "responses_structured"),
-        ("AuthenticationError", "NotFoundError", "BadRequestError"),
+        ("AuthenticationError", "NotFoundError", "BadRequestError", "BadRequestError"),
     ),
     # Over /v1/responses.
-    "ai_sdk": Client(("chat", "stream", "structured", "embeddings"), ("APICallError",) * 3),
-    "ai_sdk_chat": Client(("chat", "stream", "tools", "structured"), ("APICallError",) * 3),
-    "ai_sdk_compatible": Client(COMMON, ("APICallError",) * 3),
+    "ai_sdk": Client(COMMON, ("APICallError",) * 4, prompt="input", undecided=("tools",)),
+    "ai_sdk_chat": Client(("chat", "stream", "tools", "structured"), ("APICallError",) * 4),
+    "ai_sdk_compatible": Client(COMMON, ("APICallError",) * 4),
 }
 REFUSED_WITH = {
     "wrong_key": (401, "invalid_api_key", None),
     "unknown_model": (404, "model_not_found", "model"),
+    "too_long": (400, "context_length_exceeded", "messages"),
     "bad_value": (400, "decimal_below_min_value", "temperature"),
 }
 
 SIMULATED, REAL = "simulated", "real"
 CASES = [
     pytest.param(engine, client, capability, id=f"{engine}-{client}-{capability}")
-    for engine in (SIMULATED,)
+    for engine in (SIMULATED, REAL)
     for client, programs in CLIENTS.items()
     for capability in (
-        *(can for can in programs.can if not (can == "tools" and programs.decides_on_tools and engine == REAL)),
+        *(can for can in programs.can if engine == SIMULATED or can not in programs.undecided),
         *(f"refused_{name}" for name, kind in zip(REFUSALS, programs.raises, strict=True) if kind),
     )
 ]
@@ -102,6 +111,7 @@ class Served:
     chat: str
     embed: str
     text: str
+    tokens: int
     vectors: list[list[float]]
 
 
@@ -115,6 +125,7 @@ def served(cluster: RunningCluster, chat: str, embed: str) -> Served:
         chat,
         embed,
         text["choices"][0]["message"]["content"],
+        text["usage"]["completion_tokens"],
         [row["embedding"] for row in vectors["data"]],
     )
 
@@ -174,12 +185,12 @@ def test_a_client_finds_what_it_knows(
     if capability.startswith("refused_"):
         refused(CLIENTS[client], capability.removeprefix("refused_"), found)
     elif capability in ("chat", "responses"):
-        assert (found["text"], found["tokens"]) == (of.text, OUTPUT_TOKENS)
+        assert (found["text"], found["tokens"]) == (of.text, of.tokens)
     elif capability in ("stream", "responses_stream"):
         assert "".join(found["pieces"]) == of.text
         assert len(found["pieces"]) > 1
         # A client that tells no tokens of a stream has none here.
-        assert found.get("tokens", OUTPUT_TOKENS) == OUTPUT_TOKENS
+        assert found.get("tokens", of.tokens) == of.tokens
     elif capability == "tools":
         assert found["called"] == TOOL
         assert set(found["arguments"]) == {"city"}
@@ -198,6 +209,7 @@ def test_a_client_finds_what_it_knows(
 def refused(client: Client, name: str, found: dict[str, Any]) -> None:
     """The client's own exception, with what OpenAI's error object tells a program."""
     status, code, param = REFUSED_WITH[name]
+    param = client.prompt if name == "too_long" else param
     kind = client.raises[REFUSALS.index(name)]
     assert kind in found["classes"], found
     assert found["status"] == status

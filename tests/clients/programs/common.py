@@ -23,7 +23,7 @@ TOOL = "get_weather"
 TEXTS = ["The cat sat on the mat.", "A cat is on a mat.", "Interest rates rose."]
 OUTPUT_TOKENS = 8
 STRUCTURED_TOKENS = 64
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 
 
 class Person(BaseModel):
