@@ -121,6 +121,10 @@ def test_a_question_and_its_bounds(postgres: Postgres, tmp_path: Path) -> None:
         ("2026-09-21", "m1", 3, 1 + 3 + 5),
     ]
     assert reader.answer(msgspec.structs.replace(asked, most_rows=1)).trouble == "many"
+    # To the moment: these ran for half a second.
+    for before_s, rows in ((0.499, 0), (0.501, 6)):
+        ended = msgspec.structs.replace(asked, by=(), ended_before_s=NOW_S + before_s)
+        assert sum(s.requests for s in reader.answer(ended).sums) == rows
     with reading(postgres.url) as connection:
         connection.execute(store.sa.text("LOCK TABLE usage IN ACCESS EXCLUSIVE MODE"))
         assert reader.answer(msgspec.structs.replace(asked, within_s=0.2)).trouble == "slow"

@@ -29,7 +29,7 @@ ROOM = 10**9
 QUOTA = {"tokens_per_minute": ROOM, "tokens_per_day": ROOM, "tokens_per_month": ROOM, "concurrent_requests": 1000}
 # Slow enough to be left in the middle, on any machine.
 SLOW = FakeEngineConfig(decode_ms=10)
-LONG = CHAT | {"max_tokens": 2000}
+LONG = CHAT | {"max_tokens": 2000, "ignore_eos": True}
 TOKENIZE = {"model": "chat", "prompt": "some text"}
 
 
@@ -107,7 +107,7 @@ both = pytest.mark.parametrize("kind", ["memory", "redis"])
         (COMPLETIONS, LONG, 1),
         (COMPLETIONS, LONG | {"n": 4}, 4),
         (COMPLETIONS, LONG | {"stream": True, "n": 2}, 2),
-        ("/v1/completions", {"model": "chat", "prompt": ["one", "two"], "max_tokens": 2000}, 2),
+        ("/v1/completions", {"model": "chat", "prompt": ["one", "two"], "max_tokens": 2000, "ignore_eos": True}, 2),
         ("/v1/responses", {"model": "chat", "input": "hello there", "max_output_tokens": 2000}, 1),
     ],
 )

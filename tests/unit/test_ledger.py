@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -20,8 +21,10 @@ from structlog.testing import capture_logs
 from serving.cluster.kubernetes.masking import Masker
 from serving.config import GalerneConfig, LedgerConfig
 from serving.errors import ClusterError
-from serving.metering import store
+from serving.metering import schema, store
 from serving.metering.ledger import Ledger
+from serving.metering.questions import Question, Reply
+from serving.metering.reader import Reader
 from serving.metering.reconcile import Lost, Tokens
 from serving.metering.row import Row
 from serving.metering.settings import LedgerSettings, settings
@@ -210,6 +213,25 @@ def test_the_writers_process(tmp_path: Path) -> None:
     assert not Spill(told.spill_dir).batches()
 
 
+def test_what_had_ended_by_a_moment(tmp_path: Path) -> None:
+    told = made(tmp_path)
+    reader = Reader(told.url)
+    asked = Question(tenant="press", since_s=int(NOW_S) - 1, until_s=int(NOW_S) + 1, by=("day",))
+    engine = store.connect(told.url)
+    with engine.begin():
+        pass
+    # A writer is about to make the table.
+    assert reader.answer(msgspec.structs.replace(asked, ended_before_s=NOW_S)) == Reply()
+    schema.upgrade(engine)
+    with engine.begin() as connection:
+        store.insert(connection, [row(1)])
+    for before_s, requests in ((0.499, []), (0.501, [1])):
+        ended = msgspec.structs.replace(asked, ended_before_s=row(1).started_at + before_s)
+        assert [s.requests for s in reader.answer(ended).sums] == requests
+    reader.close()
+    engine.dispose()
+
+
 def test_a_writer_ends_with_its_gateway(tmp_path: Path) -> None:
     told = made(tmp_path)
     spill = Spill(told.spill_dir)
@@ -257,8 +279,6 @@ def test_the_migrations_make_the_table_that_the_code_knows(tmp_path: Path) -> No
     from alembic.migration import MigrationContext
     from alembic.script import ScriptDirectory
 
-    from serving.metering import schema
-
     engine = store.connect(f"sqlite:///{tmp_path}/x.db")
     schema.upgrade(engine)
     schema.upgrade(engine)
@@ -276,8 +296,6 @@ def test_the_migrations_make_the_table_that_the_code_knows(tmp_path: Path) -> No
 def test_a_table_of_before_is_brought_on_and_one_of_later_is_left_alone(tmp_path: Path) -> None:
     from alembic import command
     from alembic.config import Config
-
-    from serving.metering import schema
 
     url = f"sqlite:///{tmp_path}/x.db"
     engine = store.connect(url)
