@@ -17,6 +17,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final, Protocol
 
 import msgspec
@@ -221,6 +222,8 @@ def _row(
     computed: int | None = None
     if exchange.unanswered and usage != NOTHING:
         usage, computed = NOTHING, usage.completion_tokens
+    elif exchange.wants_no_token and usage.completion_tokens:
+        usage, computed = replace(usage, completion_tokens=0), usage.completion_tokens
     lost_tokens: tuple[int | None, int | None] = (0, 0)
     lost_exact = exchange.lost is None or (lost is not None and lost.final)
     if lost is not None and lost.final:

@@ -10,6 +10,7 @@ from serving.admission.bounds import RequestFacts
 from serving.admission.fair_share import Holding
 from serving.admission.ticket import Ticket
 from serving.api.upstream import Connection
+from serving.metering.answers import COMPLETIONS
 from serving.metering.usage import Usage
 from serving.routing.asked import Asked
 from serving.routing.replicas import Endpoint, Lease
@@ -102,6 +103,11 @@ class Exchange:
     def unanswered(self) -> bool:
         """Whether its client waited and no engine's answer began: that is the cluster's doing, and costs nothing."""
         return self.first_byte_s is None and not self.client_left
+
+    @property
+    def wants_no_token(self) -> bool:
+        """Whether it asked for no token of an answer (`max_tokens: 0`), of which vLLM writes one all the same."""
+        return self.facts is not None and self.facts.max_output_tokens == 0 and self.path == COMPLETIONS
 
     @property
     def expected_output_tokens(self) -> float:

@@ -15,7 +15,6 @@ that loses its usage event gets the fingerprint back where it belongs. An engine
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -212,8 +211,6 @@ class StreamMeter(Meter):
                 continue
             self.usage = said.usage.usage()
             self.usage_events += 1
-            if self._nothing and self.usage is not None:
-                self.usage = replace(self.usage, completion_tokens=0)
             if self._keep:
                 kept.append(_unwritten(event) if self._nothing else event)
             else:
@@ -306,8 +303,6 @@ class NothingMeter(WholeMeter):
 
     def end(self) -> bytes:
         super().end()
-        if self.usage is not None:
-            self.usage = replace(self.usage, completion_tokens=0)
         at = self._tail.rfind(USAGE_KEY)
         return self._tail if at < 0 else self._tail[:at] + _unwritten(self._tail[at:])
 

@@ -43,8 +43,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tru
     lost_prompt_tokens: int | None = 0
     lost_completion_tokens: int | None = 0
     lost_exact: bool = True
-    # Tokens of answers as the engine's own counter took them where they are not billed, because no answer came of it;
-    # None: as billed. For reconciliation.
+    # Tokens of answers as the engine's own counter took them where they are not billed, because no answer came of it or
+    # none was asked for; None: as billed. For reconciliation.
     counted_completion_tokens: int | None = None
 
     @property

@@ -353,7 +353,7 @@ print(json.dumps([[m, r.path] for r in app.routes for m in sorted(getattr(r, "me
 """
 SERVED = {
     *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank", "/v1/score"),
-    *("/tokenize", "/detokenize", "/v1/models", "/version"),
+    *("/tokenize", "/detokenize", "/tokenizer_info", "/v1/models", "/version", "/health", "/ping"),
 }
 OPEN_TO_THE_NODE = {"/health", "/metrics"}
 

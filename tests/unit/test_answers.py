@@ -178,7 +178,7 @@ def test_usage_that_is_said_all_along_stays() -> None:
 @given(
     st.integers(0, 10**6), st.integers(0, 12), st.lists(st.integers(0, 9000), max_size=5), st.sampled_from([0, 5000])
 )
-def test_of_an_answer_without_tokens_none_is_counted(prompt: int, written: int, places: list[int], size: int) -> None:
+def test_of_an_answer_without_tokens_none_is_told(prompt: int, written: int, places: list[int], size: int) -> None:
     usage = {"prompt_tokens": prompt, "total_tokens": prompt + written, "completion_tokens": written}
     usage_text = json.dumps(usage, separators=(",", ":"))
     body = {"text": "x" * size + usage_text, "usage": usage | {"prompt_tokens_details": {"cached_tokens": 0}}}
@@ -192,9 +192,11 @@ def test_of_an_answer_without_tokens_none_is_counted(prompt: int, written: int, 
     assert json.loads(out) == body | {
         "usage": usage | {"total_tokens": prompt, "completion_tokens": 0, "prompt_tokens_details": {"cached_tokens": 0}}
     }
-    assert meter.usage == Usage(prompt, 0, 0)
+    # What the engine counted: the row says what of it is billed.
+    assert meter.usage == Usage(prompt, written, 0)
     streamed = Exchange("/v1/completions", RequestFacts("m", True, True, 10, 0, 1))
     meter = answers.meter(streamed, Peer(), events=True)
     last = relayed(meter, [event({"choices": [], "usage": usage})])
     assert json.loads(last.removeprefix(b"data: "))["usage"] == usage | {"total_tokens": prompt, "completion_tokens": 0}
-    assert meter.usage == Usage(prompt, 0, 0)
+    # What the engine counted: the row says what of it is billed.
+    assert meter.usage == Usage(prompt, written, 0)

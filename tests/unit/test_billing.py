@@ -197,6 +197,31 @@ async def test_what_computes_nothing_costs_nothing(
     assert (row.prompt_tokens, row.completion_tokens) == (0, 0)
 
 
+async def test_a_token_that_nobody_asked_for_is_counted_and_not_billed(ledger: Kept) -> None:
+    """vLLM writes one for `max_tokens: 0`; the row keeps its count, so that ledger and engines' counters agree."""
+    said = b'{"choices":[{"text":"a few words"}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1}}'
+
+    def echoing(app: Any) -> Any:
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "http" or scope["path"] != "/v1/completions":
+                await app(scope, receive, send)
+                return
+            await receive()
+            length = (b"content-length", b"%d" % len(said))
+            await send({"type": "http.response.start", "status": 200, "headers": [length]})
+            await send({"type": "http.response.body", "body": said})
+
+        return answer
+
+    async with rig(FAST, ledger=ledger, wrap=echoing) as made:
+        body = {"model": "chat", "prompt": "a few words", "max_tokens": 0, "echo": True}
+        answer = await made.http.post("/v1/completions", headers=AUTH, json=body)
+        assert answer.json()["usage"]["completion_tokens"] == 0
+        await made.settled()
+        (row,) = ledger.rows
+        assert (row.completion_tokens, row.computed_completion_tokens, row.exact) == (0, 1, True)
+
+
 async def test_refused_requests_have_no_row(ledger: Kept) -> None:
     async with rig(FAST, ledger=ledger) as made:
         assert (await made.http.post(COMPLETIONS, headers=AUTH, json=CHAT | {"n": 99})).status_code == 400

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
-import sys
+from pathlib import Path
 
 from loadtest.soak import MIB, Reading, Watch, books, config, scenario, trends, watched
 from serving.config import GalerneConfig
@@ -56,17 +57,16 @@ def test_a_process_that_is_gone_before_the_first_reading_ends_no_soak() -> None:
     assert [reading.process for reading in watch.readings] == [f"gateway {os.getpid()}"]
 
 
-def test_a_proxy_that_reloads_is_read_as_the_process_it_is_now() -> None:
-    program = "import sys; sys.stdin.read()"
+def test_a_proxy_that_reloads_is_read_as_the_process_it_is_now(tmp_path: Path) -> None:
+    # A program of a name that no other child of this process has: the kernel calls a process by its file's.
+    program = tmp_path / "reloaded-proxy"
+    program.symlink_to(shutil.which("cat") or "")
 
     def started() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
+        return subprocess.Popen([program], stdin=subprocess.PIPE)
 
-    # Its name is what the kernel calls it, as HAProxy's is.
     first = started()
-    with open(f"/proc/{first.pid}/comm") as file:
-        name = file.read().strip()
-    watch = Watch({}, {"haproxy": (os.getpid(), name)})
+    watch = Watch({}, {"haproxy": (os.getpid(), program.name)})
     watch.read()
     second = started()
     first.communicate()

@@ -118,12 +118,19 @@ def render_chat(messages: Iterable[Message], tools: Sequence[dict[str, Any]] = (
     for message in messages:
         text = message.content if isinstance(message.content, str) else _part_texts(message.content or [])
         parts += [tokens.role_header(message.role), tokens.encode_text(text)]
-        if message.tool_calls:
-            calls = [call.get("function", {}) for call in message.tool_calls]
-            parts += [tokens.encode_text(str(call.get("arguments", ""))) for call in calls]
+        parts += [tokens.encode_text(str(call.get("arguments", ""))) for call in _called(message)]
         parts.append(tokens.END_OF_TURN)
     parts.append(tokens.role_header("assistant"))
     return b"".join(parts)
+
+
+def _called(message: Message) -> list[dict[str, Any]]:
+    """Functions that an assistant's turn called; raises RefusalError, as vLLM does, for calls of anything else."""
+    calls = [call.get("function") for call in message.tool_calls or ()] if message.role == "assistant" else []
+    functions = [call for call in calls if isinstance(call, dict)]
+    if len(functions) < len(calls):
+        raise bad_request("chat completions only support assistant tool_calls of type 'function'.", "tool_calls")
+    return functions
 
 
 def render_prompt(prompt: str | Iterable[int], *, add_special_tokens: bool = True) -> bytes:
