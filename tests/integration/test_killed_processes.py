@@ -79,4 +79,5 @@ async def test_haproxy_is_killed_and_answers_again(fake_cluster: RunningCluster)
     print(f"\nHAProxy killed: {counts}, answers again after {load.outage_s(moment_s):.2f} s")
     # What it had is lost, visibly; nothing ended as if it were whole.
     assert counts.keys() <= {"completed", "lost", "refused"}
-    assert counts.get("lost", 0) <= CLIENTS
+    # Of each client what was under way, and perhaps a connection that the kernel had taken and HAProxy had not.
+    assert counts.get("lost", 0) <= 2 * CLIENTS

@@ -120,7 +120,7 @@ def guidellm(url: str, home: Path, weights: Path) -> Path:
     report = home / "report.json"
     ran(
         [
-            *("guidellm", "run", "--disable-console", "--profile", "kind=concurrent,streams=2"),
+            *("guidellm", "run", "--disable-console", "--profile", "kind=synchronous"),
             *("--backend", f"kind=openai_http,target={url},model={MODEL},api_key={KEY}"),
             *("--constraint", f"kind=max_requests,count={REQUESTS}"),
             *("--tokenizer", f"kind=huggingface_auto,model={weights}"),

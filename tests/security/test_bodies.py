@@ -65,7 +65,10 @@ HOSTILE: list[tuple[int, str, dict[str, Any]]] = [
     (3, RESPONSES, INPUT | {"max_output_tokens": 10**10}),
     # 4: logprobs
     (4, COMPLETIONS, {"prompt_logprobs": -1}),
-    (4, COMPLETIONS, {"prompt_logprobs": 1}),
+    (4, COMPLETIONS, {"prompt_logprobs": 10**6}),
+    # As many of each token of a long prompt, by their own name and by what `echo` makes of others.
+    (4, COMPLETIONS, {"prompt_logprobs": 20, "messages": [{"role": "user", "content": "x " * 50_000}]}),
+    (4, COMPLETION, PROMPT | {"prompt": [1] * 100_000, "echo": True, "logprobs": 20, "max_tokens": 0}),
     (4, COMPLETIONS, {"logprobs": True, "top_logprobs": 100_000}),
     (4, COMPLETION, PROMPT | {"logprobs": 10**6}),
     # 5: templates

@@ -109,4 +109,4 @@ def test_the_allow_list_is_what_vllm_serves_and_the_gateways_own_paths_are_not_v
     assert {("POST", path) for path in RELAYED} <= set(routes)
     # A path that the gateway answers by itself must not hide one that an engine gains.
     own = {path for _, path in routes} & (OWN | PATHS)
-    assert own == {MODELS, "/version"}
+    assert own == {MODELS, "/version", "/health", "/ping", "/tokenizer_info"}
