@@ -58,14 +58,19 @@ class Ledger:
         *,
         now: Callable[[], float] = time.time,
         program: Sequence[str] | None = WRITER,
+        stop_s: float = STOP_S,
     ) -> None:
-        """`gateway_id`: unique among all gateways that ever were. `program` None: somebody else empties the spill."""
+        """`gateway_id`: unique among all gateways that ever were. `program` None: somebody else empties the spill.
+
+        `stop_s`: what the writer has at the end to put into the database what is pending; the rest stays in the spill.
+        """
         self.gateway_id = gateway_id
         self.flush_s = settings.flush_s
         self.settings = settings
         self._spill = Spill(settings.spill_dir)
         self._now = now
         self._program = program
+        self._stop_s = stop_s
         # Appended to by the event loop, emptied by the thread: each is one step that nothing comes between.
         self._pending: deque[Row] = deque()
         self._files = 0
@@ -105,7 +110,7 @@ class Ledger:
         """Write what is pending, give the writer a moment to put it into the database, and end."""
         self._ended.set()
         if self._thread is not None:
-            self._thread.join(2 * STOP_S)
+            self._thread.join(2 * self._stop_s)
             self._thread = None
 
     def _run(self) -> None:
@@ -182,7 +187,7 @@ class Ledger:
         if self._writer.stdin is not None:
             self._writer.stdin.close()
         try:
-            self._writer.wait(STOP_S)
+            self._writer.wait(self._stop_s)
         except subprocess.TimeoutExpired:
             # What it did not write stays in the spill.
             self._writer.kill()
