@@ -95,6 +95,6 @@ VITAL: Final = (
 )
 ENGINE_KINDS: Final = (
     Kind("engine host", titled("galerne engine chat"), killed=BROKEN, stopped=BROKEN),
-    Kind("engine core", titled("EngineCore"), killed=BROKEN, stopped=BROKEN),
-    Kind("tensor-parallel worker", titled("Worker"), killed=BROKEN, stopped=BROKEN),
+    Kind("engine core", titled("VLLM::EngineCore"), killed=BROKEN, stopped=BROKEN),
+    Kind("tensor-parallel worker", titled("VLLM::Worker"), killed=BROKEN, stopped=BROKEN),
 )
