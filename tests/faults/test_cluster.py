@@ -1,6 +1,6 @@
 """A whole cluster, broken on purpose: updates and scale-downs under streams, a replica that dies while nobody replaces it.
 
-Simulated engines; HAProxy, gateways, Ray Serve and its controller are real. Each process by itself: test_processes.
+Simulated engines; HAProxy, gateways, Ray Serve and its controller are real. Each process by itself: test_processes, test_vital_processes.
 """
 
 from __future__ import annotations
